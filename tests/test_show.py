@@ -1,0 +1,133 @@
+"What a lesson cell can't show about rwkv_peft.show: parsers that aren't ours, and inputs that nobody chose."
+import math
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from rwkv_peft.show.curve import curve, curve_png, decimate, describe, spark, ticks
+from rwkv_peft.show.html import Html, escape, page, table, tag, token_ribbon
+
+ANY = st.floats(allow_nan=True, allow_infinity=True)
+POINTS = st.lists(st.tuples(ANY, ANY), max_size=700).map(lambda p: ([x for x, _ in p], [y for _, y in p]))
+
+
+class Reader(HTMLParser):
+    "What a browser's parser would see: elements, attributes and text."
+    def __init__(self, html):
+        super().__init__(convert_charrefs=True)
+        self.elements, self.titles, self.text = [], [], ""
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, name, attributes):
+        self.elements.append(name)
+        self.titles += [v for k, v in attributes if k == "title"]
+
+    def handle_data(self, data): self.text += data
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(), st.floats(allow_nan=True), st.text())
+def test_any_text_stays_text_in_a_ribbon(text, value, title):
+    seen = Reader(token_ribbon([text], [value], [title]))
+    clean = text.encode("utf-8", "replace").decode()
+    expected = re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]", "\ufffd", clean).replace("\r", "␍").replace("\n", "↵\n") or "∅"
+    assert seen.text == expected
+    assert seen.elements == ["div", "div", "span" if value == 0 else "u"]
+
+
+@pytest.mark.parametrize("evil", ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "</table></div><h1>", "&lt;b&gt;", "' onmouseover='x"])
+def test_markup_is_text_everywhere(evil):
+    html = table([[evil, 1], {"a": evil}.items()], [evil, evil], evil) + token_ribbon([evil], [1], [evil], evil) + tag("p", evil, title=evil) + curve({evil: ([0, 1], [1, 2])}, evil, evil, evil)
+    seen = Reader(page(evil, html))
+    allowed = {"html", "head", "meta", "title", "style", "body", "table", "caption", "thead", "tbody", "tr", "th", "td", "div", "span", "u", "p", "svg", "text", "line", "polyline", "circle"}
+    assert set(seen.elements) <= allowed and seen.elements.count("title") == 2 and evil in seen.titles
+    assert seen.text.count(evil) >= 8
+
+
+def test_escape_once_and_joining_is_safe():
+    assert escape(Html("<b>")) == "<b>" and escape("<b>") == "&lt;b&gt;" and escape(escape("<b>")) == "&lt;b&gt;"
+    assert escape(Html("<b>") + "<i>") == "&lt;b&gt;&lt;i&gt;"          # forgotten wrapping escapes more, never less
+
+
+def test_lone_surrogates_can_be_written_to_a_file(tmp_path):
+    (tmp_path / "r.html").write_text(page("\ud800", tag("p", "\udfff")), encoding="utf-8")
+
+
+def test_a_page_asks_nothing_of_the_network():
+    html = page("t", table({"a": 1}) + curve({"a": ([0, 1], [1, 2])}) + token_ribbon(["a"], [1]))
+    assert "//" not in html and "default-src 'none'" in html and "<script" not in html and 'charset="utf-8"' in html
+    assert "color-scheme: light dark" in html
+    assert not re.search(r"(?<!-)\b(background|color|fill)\s*[:=]\s*\"?(white|black|#fff|#000)", html)      # nothing that one theme would hide
+
+
+def test_colour_is_not_the_only_sign():
+    html = token_ribbon(["a", "b", "c", "d"], [0, 1, -1, math.nan])
+    assert [html.count(f"underline {kind}") for kind in ("solid", "dashed", "dotted")] == [1, 1, 1] and html.count("<u ") == 3
+    svg = ElementTree.fromstring(curve({n: ([0, 1], [1, 2]) for n in "abcde"}))
+    assert len({line.get("stroke-dasharray") for line in svg.iter("polyline")}) == 5
+
+
+def test_ribbon_refuses_what_does_not_fit():
+    with pytest.raises(ValueError, match="2 pieces, 1 values"): token_ribbon(["a", "b"], [1])
+    with pytest.raises(ValueError, match="1 titles"): token_ribbon(["a", "b"], [1, 1], ["x"])
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.dictionaries(st.text("ab <>&'\"好😀", max_size=5), POINTS, max_size=3))
+def test_any_series_gives_well_formed_svg_inside_its_frame(series):
+    root = ElementTree.fromstring(curve(series))
+    assert root.get("role") == "img" and root.find("title").text == root.get("aria-label") == describe(series)
+    drawn = 0
+    for line in root.iter("polyline"):
+        points = [tuple(map(float, p.split(","))) for p in line.get("points").split()]
+        drawn += len(points)
+        assert all(0 <= x <= 640 and 0 <= y <= 240 for x, y in points)
+    dots = [(float(c.get("cx")), float(c.get("cy"))) for c in root.iter("circle")]
+    assert all(0 <= x <= 640 and 0 <= y <= 240 for x, y in dots)
+    assert drawn + len(dots) <= 300 * len(series)
+    finite = sum(math.isfinite(x) and math.isfinite(y) for xs, ys in series.values() for x, y in zip(*decimate(xs, ys)))
+    assert drawn + len(dots) == finite
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=1, max_size=2000), st.integers(4, 300))
+def test_decimation_keeps_extremes_ends_and_order(ys, points):
+    xs, kept = decimate(range(len(ys)), ys, points)
+    assert len(xs) <= points and xs == sorted(set(xs)) and all(ys[int(x)] == y for x, y in zip(xs, kept))
+    assert (min(kept), max(kept), xs[0], xs[-1]) == (min(ys), max(ys), 0, len(ys) - 1)
+
+
+def test_decimation_keeps_a_gap():
+    ys = [1.0] * 5000
+    ys[3333] = math.nan
+    assert sum(map(math.isnan, decimate(range(5000), ys)[1])) == 1
+
+
+@given(st.floats(-1e12, 1e12), st.floats(1e-6, 1e12))
+def test_ticks_are_inside_and_evenly_spaced(low, width):
+    high = low + width
+    found = ticks(low, high)
+    assert 1 <= len(found) <= 7
+    room = 1e-6 * max(abs(low), abs(high), width)
+    assert all(low - room <= t <= high + room for t in found)
+
+
+@pytest.mark.parametrize("series", [{}, {"a": ([], [])}, {"a": ([1], [1])}, {"a": ([1, 2], [math.nan, math.inf])}, {"a": ([0, 1], [1e308, -1e308])}, {"$x$ _": (range(9), range(9))}])
+def test_png_of_odd_series(series):
+    png = curve_png(series, title="a $ b")
+    assert png[:8] == b"\x89PNG\r\n\x1a\n" and int.from_bytes(png[16:20], "big") == 640
+
+
+def test_png_leaves_pyplot_alone():
+    code = "import sys; from rwkv_peft.show.curve import curve_png; assert 'matplotlib' not in sys.modules; curve_png({'a': ([0, 1], [1, 2])}); assert 'matplotlib.pyplot' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_spark():
+    assert spark([0, 7]) == "▁█" and spark([math.nan, math.inf, 1, -1]) == "··█▁"
