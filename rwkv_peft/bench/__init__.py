@@ -1,3 +1,6 @@
 from rwkv_peft import lazy
 
-__getattr__, __dir__ = lazy(__name__, {})
+_public = {"demo_rows": "demo", "run_demo": "demo",
+           "bench_wkv": "wkv",
+           "bench_step": "step"}
+__getattr__, __dir__ = lazy(__name__, _public)

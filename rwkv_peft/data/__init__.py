@@ -1,3 +1,7 @@
 from rwkv_peft import lazy
 
-__getattr__, __dir__ = lazy(__name__, {})
+_public = {"DataError": "rows",
+           "Example": "masks",
+           "read_data": "records", "Dataset": "records",
+           "batches": "batches", "Batch": "batches"}
+__getattr__, __dir__ = lazy(__name__, _public)

@@ -1,3 +1,5 @@
 from rwkv_peft import lazy
 
-__getattr__, __dir__ = lazy(__name__, {})
+_public = {"wkv7": "wkv", "backends": "wkv",
+           "linear_cross_entropy": "cross_entropy", "head_cross_entropy": "cross_entropy"}
+__getattr__, __dir__ = lazy(__name__, _public)

@@ -1,3 +1,4 @@
 from rwkv_peft import lazy
 
-__getattr__, __dir__ = lazy(__name__, {})
+_public = {"report": "report", "write_report": "report"}
+__getattr__, __dir__ = lazy(__name__, _public)

@@ -1,3 +1,10 @@
 from rwkv_peft import lazy
 
-__getattr__, __dir__ = lazy(__name__, {})
+_public = {"World": "tokenizer", "Bytes": "tokenizer", "Stream": "tokenizer", "tokenizer_for": "tokenizer",
+           "Linear": "linear",
+           "CheckpointError": "files",
+           "State": "state", "save_state": "state", "load_state": "state",
+           "RWKV": "rwkv", "RWKVConfig": "rwkv",
+           "load": "checkpoint", "save": "checkpoint", "official": "checkpoint", "fingerprint": "checkpoint",
+           "Sampler": "sample", "generate": "sample"}
+__getattr__, __dir__ = lazy(__name__, _public)

@@ -1,3 +1,4 @@
 from rwkv_peft import lazy
 
-__getattr__, __dir__ = lazy(__name__, {})
+_public = {"load_ipython_extension": "magic"}
+__getattr__, __dir__ = lazy(__name__, _public)

@@ -1,3 +1,8 @@
 from rwkv_peft import lazy
 
-__getattr__, __dir__ = lazy(__name__, {})
+_public = {"Config": "config", "ConfigError": "config",
+           "read_events": "events",
+           "evaluate": "evaluate",
+           "Run": "loop", "finetune": "loop", "TrainingError": "loop",
+           "find_lr": "lr_finder"}
+__getattr__, __dir__ = lazy(__name__, _public)
