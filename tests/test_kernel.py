@@ -1,0 +1,144 @@
+"""The magic in a real kernel, seen through the messages that a notebook sees. One kernel serves all tests but the last: starting one and importing torch
+takes longer than everything that is tested."""
+import os
+import re
+import time
+
+import nbformat
+import pytest
+from jupyter_client.manager import KernelManager
+from nbclient import NotebookClient
+
+SETUP = """
+%load_ext rwkv_peft
+import threading, torch
+from copy import deepcopy
+from rwkv_peft import RWKV, RWKVConfig
+torch.set_num_threads(1)
+torch.manual_seed(0)
+model = RWKV(RWKVConfig(n_layer=1, n_embd=32, head_size=16, dim_ffn=64, vocab_size=257, w_rank=8, a_rank=8, v_rank=8, g_rank=8))
+rows = [{"prompt": f"{i} + 1 =", "completion": f" {i + 1}."} for i in range(8)]
+"""
+BODY = "model = deepcopy(model); data = rows\naccumulate = 1; r = 2; eval_split = 0.2; early_stop = 0\n"
+LONG = BODY + "max_steps = 1000000; eval_steps = 1000000\n"
+SHORT = BODY + "max_steps = 4; eval_steps = 2\n"
+
+
+class Kernel:
+    "A kernel, and the messages that each cell brought."
+
+    def __init__(self, folder):
+        self.manager = KernelManager(kernel_name="python3")
+        self.manager.start_kernel(cwd=str(folder), env={**os.environ, "OMP_NUM_THREADS": "1"})
+        self.client = self.manager.client()
+        self.client.start_channels()
+        self.client.wait_for_ready(timeout=60)
+        self.folder, self.messages = folder, []
+
+    def send(self, code):
+        self.messages = []
+        return self.client.execute(code)
+
+    def until(self, wanted, timeout=60):
+        "Collect messages until `wanted(message)` is true of one; that one."
+        end = time.monotonic() + timeout
+        while time.monotonic() < end:
+            message = self.client.get_iopub_msg(timeout=max(.1, end - time.monotonic()))
+            self.messages.append(message)
+            if wanted(message): return message
+        raise TimeoutError
+
+    def idle(self, sent):
+        self.until(lambda m: m["msg_type"] == "status" and m["content"]["execution_state"] == "idle" and m["parent_header"].get("msg_id") == sent)
+        while True:
+            reply = self.client.get_shell_msg(timeout=30)
+            if reply["parent_header"].get("msg_id") == sent: return reply["content"]
+
+    def run(self, code): return self.idle(self.send(code))
+
+    def value(self, code):
+        reply = self.run(code)
+        assert reply["status"] == "ok", reply
+        return self.of_kind("execute_result")[0]["content"]["data"]["text/plain"]
+
+    def of_kind(self, *kinds): return [m for m in self.messages if m["msg_type"] in kinds]
+    def bundles(self, mime): return [m["content"]["data"][mime] for m in self.of_kind("display_data", "update_display_data") if mime in m["content"]["data"]]
+    def said(self): return "".join(m["content"]["text"] for m in self.of_kind("stream"))
+
+
+@pytest.fixture(scope="module")
+def kernel(tmp_path_factory):
+    kernel = Kernel(tmp_path_factory.mktemp("kernel"))
+    reply = kernel.run(SETUP)
+    assert reply["status"] == "ok", reply
+    yield kernel
+    kernel.client.stop_channels()
+    kernel.manager.shutdown_kernel(now=True)
+
+
+def stepping(message): return "step " in str(message["content"].get("data", {}).get("text/plain", "")) and "loss" in str(message["content"]["data"])
+
+
+def test_a_cell_waits_and_leaves_a_card_and_a_picture(kernel):
+    reply = kernel.run("%%rwkv_finetune short\n" + SHORT)
+    assert reply["status"] == "ok" and kernel.said() == ""
+    card = kernel.bundles("text/html")[-2:]
+    assert any("done" in html and "step 4 of 4" in html and "held-out loss" in html for html in card), card
+    assert kernel.bundles("image/png") and len(kernel.of_kind("display_data")) == 2
+    assert len({m["content"]["transient"]["display_id"] for m in kernel.of_kind("display_data", "update_display_data")}) == 2
+    assert kernel.value("run is short, run.report()['status'], [t.name for t in threading.enumerate() if 'rwkv' in t.name]") == "(True, 'done', [])"
+    assert (kernel.folder / "runs/short/adapter/adapter_model.safetensors").is_file()
+
+
+def test_interrupt_saves_stops_and_can_be_resumed(kernel):
+    sent = kernel.send("%%rwkv_finetune long\n" + LONG)
+    kernel.until(stepping)
+    kernel.manager.interrupt_kernel()
+    reply = kernel.idle(sent)
+    assert reply["status"] == "ok" and kernel.said() == "" and not kernel.of_kind("error")
+    last = [html for html in kernel.bundles("text/html") if "stopped at step" in html][-1]
+    stopped = int(re.search(r"stopped at step (\d+)", last)[1])
+    assert stopped > 0 and "%rwkv_finetune long --resume" in last and kernel.bundles("image/png")
+    assert (kernel.folder / f"runs/long/checkpoints/step-{stopped}").is_dir()
+
+    reply = kernel.run(f"%%rwkv_finetune long --resume\nmodel = deepcopy(model)\nmax_steps = {stopped + 3}")
+    assert reply["status"] == "ok", reply
+    assert any(f"step {stopped + 3} of {stopped + 3}" in html for html in kernel.bundles("text/html"))
+
+
+def test_background_returns_at_once_and_only_one_run_lives(kernel):
+    reply = kernel.run("%%rwkv_finetune behind --background\n" + LONG)
+    assert reply["status"] == "ok" and kernel.value("behind is run and any('behind' in t.name for t in threading.enumerate())") == "True"
+    kernel.until(stepping) if not any(map(stepping, kernel.messages)) else None
+    reply = kernel.run("%%rwkv_finetune second\n" + SHORT)
+    assert reply["status"] == "error" and reply["ename"] == "UsageError" and "'behind'" in reply["evalue"] and "behind.stop()" in reply["evalue"]
+    assert kernel.value("1 + 1") == "2"
+    reply = kernel.run("run.stop()\nawait run")
+    assert reply["status"] == "ok" and kernel.said() == ""
+    assert kernel.value("run.report()['status']") == "'stopped'"
+    reply = kernel.run("%%rwkv_finetune second\n" + SHORT)
+    assert reply["status"] == "ok"
+
+
+def test_errors_reach_the_cell(kernel):
+    reply = kernel.run("%%rwkv_finetune wrong\n" + SHORT + "lr_init = 'fast'")
+    assert (reply["ename"], reply["evalue"][:12]) == ("UsageError", "body line 4:") and "\n" not in reply["evalue"]
+    reply = kernel.run("%%rwkv_finetune diverged\n" + SHORT + "lr_init = 1e30; warmup_steps = 0; grad_clip = 0.0")
+    assert reply["ename"] == "UsageError" and "lower lr_init" in reply["evalue"], reply
+    assert any("✗ error" in html for html in kernel.bundles("text/html"))
+    reply = kernel.run("def broken(*row): raise ZeroDivisionError('a fault of mine')")
+    reply = kernel.run("%%rwkv_finetune faulty\n" + SHORT + "template = broken")
+    assert reply["ename"] == "ZeroDivisionError" and len(reply["traceback"]) > 1
+    assert kernel.value("[t.name for t in threading.enumerate() if 'rwkv' in t.name]") == "[]"
+
+
+def test_a_saved_notebook_keeps_card_and_picture_and_nothing_else(tmp_path):
+    cells = [nbformat.v4.new_code_cell(source.strip()) for source in (SETUP, "%%rwkv_finetune kept\n" + SHORT, "run.report()['steps']")]
+    book = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}})
+    NotebookClient(book, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    outputs = book.cells[1].outputs
+    assert [sorted(o.data) for o in outputs] == [["text/html", "text/plain"], ["image/png", "text/plain"]]
+    assert "done" in outputs[0].data["text/html"] and outputs[0].data["text/plain"].startswith("kept: done, step 4 of 4")
+    assert "training from" in outputs[1].data["text/plain"] and book.cells[2].outputs[0].data["text/plain"] == "4"
+    text = nbformat.writes(book)
+    assert "http" not in text and "widget" not in text and len(text) < 120_000

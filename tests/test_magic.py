@@ -1,0 +1,253 @@
+"The cell magic inside one process: what it reads, what it refuses, what it hands on, what it completes."
+import ast
+import sys
+import threading
+from types import ModuleType, SimpleNamespace
+
+import pytest
+from hypothesis import given, strategies as st
+from IPython.core.completer import provisionalcompleter
+from IPython.core.error import UsageError
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.utils.capture import capture_output
+from traitlets.config import Config as Traits
+
+from rwkv_peft.notebook import magic
+from rwkv_peft.train.config import Config, ConfigError
+
+NAMES = list(Config.model_fields)
+
+
+class FakeRun:
+    "Takes settings as a run does, and plays `steps` events until it is stopped."
+
+    def __init__(self, settings, steps=3, fails=None):
+        self.config, self.settings, self.length, self.fails = SimpleNamespace(name=settings.get("name")), settings, steps, fails
+        self.asked, self.begun, self.thread = threading.Event(), threading.Event(), None
+
+    def stop(self): self.asked.set()
+    def plan(self): return {"steps": self.length, "device": "cpu"}
+
+    def steps(self):
+        self.thread = threading.current_thread()
+        yield {"event": "start", "config": {"name": self.settings.get("name") or "dated"}, "plan": {"steps": self.length}, "data": {}, "versions": {}, "folder": "runs/x"}
+        for step in range(1, self.length + 1):
+            self.begun.set()
+            if self.fails: raise self.fails
+            if self.asked.wait(.001):
+                yield {"event": "stopped", "step": step - 1, "message": ""}
+                return
+            yield {"event": "step", "step": step, "loss": 1.0 / step, "lr": 1e-3, "grad_norm": 1.0, "tokens": 10, "seconds": .001, "memory": None, "rows": [0]}
+        yield {"event": "done", "step": self.length, "best_step": None, "message": ""}
+
+
+@pytest.fixture
+def shell(monkeypatch):
+    InteractiveShell.clear_instance()
+    shell = InteractiveShell.instance(config=Traits(HistoryManager={"enabled": False}))
+    made = []
+
+    def finetune(**settings):
+        if settings.get("peft") == "loar": raise ConfigError("peft: 'loar' is not known; did you mean 'lora'?")
+        made.append(FakeRun(settings, **shell.user_ns.get("_fake", {})))
+        return made[-1]
+
+    loop = ModuleType("rwkv_peft.train.loop")
+    loop.finetune = finetune
+    monkeypatch.setitem(sys.modules, "rwkv_peft.train.loop", loop)
+    with capture_output(): shell.run_cell("%load_ext rwkv_peft")
+    shell.made = made
+    yield shell
+    for run in made: run.stop()
+    if worker := magic.alive(): worker.join(5)
+    InteractiveShell.clear_instance()
+
+
+def run(shell, cell):
+    "The cell's printed text and its error, if any."
+    with capture_output() as captured: result = shell.run_cell(cell)
+    return captured, result.error_in_exec or result.error_before_exec
+
+
+def complaint(shell, cell):
+    captured, error = run(shell, cell)
+    assert isinstance(error, UsageError), error
+    assert "\n" not in str(error) and "Traceback" not in captured.stdout + captured.stderr
+    return str(error)
+
+
+# ---------------------------------------------------------------- the body
+
+def test_values_are_the_namespaces_own_objects_and_nothing_leaks(shell):
+    shell.user_ns["my_rows"] = rows = [{"text": "x"}]
+    captured, error = run(shell, "%%rwkv_finetune my-run\nmodel = 'm' # a comment; with = signs\n\ndata = my_rows\nr = 4; alpha = 2 * r\n")
+    assert error is None and shell.made[0].settings == {"name": "my-run", "model": "m", "data": rows, "r": 4, "alpha": 8}
+    assert shell.made[0].settings["data"] is rows
+    assert not {"model", "data", "r", "alpha"} & set(shell.user_ns)
+    assert shell.user_ns["run"] is shell.user_ns["my_run"] is shell.made[0]
+
+
+def test_earlier_names_are_seen_inside_functions_too(shell):
+    run(shell, "%%rwkv_finetune\nmodel = 'm'\nr = 4\ntemplate = lambda row: row * r\ndata = [r for _ in range(r)]")
+    settings = shell.made[0].settings
+    assert settings["template"](2) == 8 and settings["data"] == [4] * 4
+
+
+@pytest.mark.parametrize("body, line, words", [
+    ("model = 'm'\n\nmodle = 'm'", 3, ["modle", "'model'"]),
+    ("model = 'm'\nr = 1\nr = 2", 3, ["r was already set on line 2"]),
+    ("import os", 1, ["name = value", "import os"]),
+    ("r = 1\nfor x in y:\n    r = 2", 2, ["for x in y:"]),
+    ("r: int = 3", 1, ["name = value"]),
+    ("r = s = 3", 1, ["name = value"]),
+    ("r, s = 3, 4", 1, ["name = value"]),
+    ("r += 3", 1, ["name = value"]),
+    ("data['x'] = 3", 1, ["name = value"]),
+    ("model = 'm'\nr = (4", 2, ["never closed"]),
+    ("model = 'm", 1, ["unterminated"]),
+    ("--load_model x.pth", 1, ["name = value"]),
+    ("model = 'm'\ndata = my_rowz", 2, ["NameError", "my_rowz"]),
+    ("model = 'm'\n\n# why\nr = 1 // 0", 4, ["ZeroDivisionError", "r = 1 // 0"]),
+    ("model = 'm'\npeft = 'loar'", 2, ["'loar'", "did you mean 'lora'"]),
+])
+def test_a_refusal_says_where_and_what(shell, body, line, words):
+    said = complaint(shell, "%%rwkv_finetune x\n" + body)
+    assert said.startswith(f"body line {line}:") and all(word in said for word in words), said
+    assert not shell.made and "x" not in shell.user_ns
+
+
+def test_nothing_is_evaluated_before_all_names_are_right(shell):
+    run(shell, "calls = []")
+    complaint(shell, "%%rwkv_finetune\ndata = calls.append(1)\nnope = 1")
+    assert shell.user_ns["calls"] == []
+
+
+@pytest.mark.parametrize("line, words", [
+    ("--bakground", ["--bakground", "'--background'"]),
+    ("one two", ["one name"]),
+    ('"open', ["quote"]),
+    ("x --wait", ["--wait", "--resume"]),
+])
+def test_the_first_line_is_checked(shell, line, words):
+    said = complaint(shell, f"%%rwkv_finetune {line}\nr = 1")
+    assert all(word in said for word in words), said
+
+
+@given(st.text(max_size=60))
+def test_any_text_is_read_or_refused_in_one_line(body):
+    try: settings = magic.parse_body(body, NAMES)
+    except UsageError as error: assert "\n" not in str(error)
+    else: assert all(s.name in NAMES and ast.dump(ast.parse(s.source.strip(), mode="eval").body) for s in settings)
+
+
+# ---------------------------------------------------------------- flags
+
+def test_show_code_is_python_that_makes_the_same_settings(shell):
+    shell.user_ns["my_rows"] = [1, 2, 3]
+    captured, error = run(shell, "%%rwkv_finetune my-run --show-code\nmodel = 'm'; data = my_rows[:2]\nr = 4\nalpha = 2 * r   # twice")
+    assert error is None and not shell.made and shell.user_ns.get("run") is None
+    caught = {}
+    code = captured.stdout.replace("import rwkv_peft\n", "").replace("run.fit()", "")
+    exec(code, {"my_rows": [1, 2, 3], "rwkv_peft": SimpleNamespace(finetune=lambda **settings: caught.update(settings))})
+    assert caught == {"name": "my-run", "model": "m", "data": [1, 2], "r": 4, "alpha": 8}
+
+
+def test_dry_run_shows_the_plan_and_trains_nothing(shell):
+    captured, error = run(shell, "%%rwkv_finetune my-run --dry-run\nmodel = 'm'; data = []")
+    shown = captured.outputs[0].data
+    assert error is None and "<table" in shown["text/html"] and "steps: 3" in shown["text/plain"]
+    assert shell.made[0].thread is None and "run" not in shell.user_ns
+
+
+def test_help_names_every_setting_and_flag(shell):
+    captured, error = run(shell, "%rwkv_finetune --help")
+    assert error is None and all(f"  {name} " in captured.stdout for name in [*NAMES, *magic.FLAGS])
+
+
+def test_resume_needs_no_body(shell):
+    captured, error = run(shell, "%rwkv_finetune my-run --resume")
+    assert error is None and shell.made[0].settings == {"name": "my-run", "resume": True}
+
+
+def test_name_said_twice_is_refused(shell):
+    assert complaint(shell, "%%rwkv_finetune a\nname = 'b'").startswith("body line 1: name: is said twice")
+
+
+# ---------------------------------------------------------------- running
+
+def test_waiting_prints_text_from_the_main_thread(shell, monkeypatch):
+    captured, error = run(shell, "%%rwkv_finetune my-run\nmodel = 'm'; data = []")
+    assert error is None and "my-run: done, step 3 of 3" in captured.stdout
+    assert shell.made[0].thread is not threading.main_thread() and not shell.made[0].thread.is_alive()
+
+
+def test_background_returns_at_once_and_a_second_launch_is_refused(shell):
+    shell.user_ns["_fake"] = {"steps": 10 ** 6}
+    captured, error = run(shell, "%%rwkv_finetune long-one --background\nmodel = 'm'; data = []")
+    assert error is None and shell.made[0].thread.is_alive()
+    said = complaint(shell, "%%rwkv_finetune other\nmodel = 'm'; data = []")
+    assert "'long-one'" in said and "long_one.stop()" in said and len(shell.made) == 1
+    captured, error = run(shell, "long_one.stop()")
+    shell.made[0].thread.join(5)
+    assert not shell.made[0].thread.is_alive() and magic.alive() is None and captured.stdout == ""
+
+
+def test_our_errors_are_one_line_and_faults_keep_their_type(shell):
+    shell.user_ns["_fake"] = {"fails": ConfigError("lr_init: 3.0 made the loss infinite at step 1; try a tenth")}
+    assert complaint(shell, "%%rwkv_finetune\nmodel = 'm'\nlr_init = 3.0").startswith("body line 2: lr_init: 3.0 made")
+    shell.user_ns["_fake"] = {"fails": ZeroDivisionError("a fault")}
+    captured, error = run(shell, "%%rwkv_finetune\nmodel = 'm'")
+    assert type(error) is ZeroDivisionError and "Traceback" in captured.stdout
+
+
+def test_interrupt_stops_gracefully_and_twice_raises(shell, monkeypatch):
+    shell.user_ns["_fake"] = {"steps": 10 ** 6}
+    presses = iter([KeyboardInterrupt])
+
+    def between(self):
+        if shell.made[0].begun.is_set() and (press := next(presses, None)): raise press
+
+    monkeypatch.setattr(magic.TextCard, "between", between)
+    captured, error = run(shell, "%%rwkv_finetune my-run\nmodel = 'm'; data = []")
+    assert error is None and "stopped at step" in captured.stdout and "%rwkv_finetune my-run --resume" in captured.stdout
+
+    presses = iter([KeyboardInterrupt, KeyboardInterrupt])
+    shell.user_ns["_fake"] = {"steps": 10 ** 6}
+    monkeypatch.setattr(FakeRun, "stop", lambda self: None)
+    shell.made.clear()
+    with capture_output(): result = shell.run_cell("%%rwkv_finetune my-run\nmodel = 'm'; data = []")
+    assert isinstance(result.error_in_exec, KeyboardInterrupt) and magic.alive() is not None
+    monkeypatch.undo()
+    shell.made[0].asked.set()
+
+
+def test_a_run_never_replaces_a_variable_that_is_no_run(shell):
+    shell.user_ns["my_rows"] = rows = [1]
+    assert "my_rows holds a list" in complaint(shell, "%%rwkv_finetune my-rows\nmodel = 'm'") and not shell.made
+    run(shell, "%%rwkv_finetune list\nmodel = 'm'; data = my_rows")
+    assert "list" not in shell.user_ns and shell.user_ns["run"] is shell.made[0]
+    run(shell, "%%rwkv_finetune mine\nmodel = 'm'")
+    captured, error = run(shell, "%%rwkv_finetune mine --resume\nmodel = 'm'")
+    assert error is None and shell.user_ns["mine"] is shell.made[-1]
+
+
+# ---------------------------------------------------------------- completion
+
+def completions(shell, text):
+    with provisionalcompleter(): return [c.text for c in shell.Completer.completions(text, len(text))]
+
+
+@pytest.mark.parametrize("typed, has, lacks", [
+    ("%%rwkv_finetune my-run --d", ["--dry-run"], ["--help"]),
+    ("%%rwkv_finetune x\nlr_", ["lr_init", "lr_schedule", "lr_final"], ["model"]),
+    ("%%rwkv_finetune x\nlr_init = 1\nlr_", ["lr_final"], ["lr_init"]),
+    ("%%rwkv_finetune x\nr = 4; lr_sch", ["lr_schedule"], ["lr_init"]),
+    ("%%rwkv_finetune x\npeft = ", ['"lora"', '"state"', '"none"'], ['"dora"']),
+    ("%%rwkv_finetune x\nlr_schedule = \"co", ["cos", "constant"], ["wsd"]),
+    ("%%rwkv_finetune x\ndata = my_ro", ["my_rows"], ["model"]),
+    ("lr_", [], ["lr_init"]),
+])
+def test_completion(shell, typed, has, lacks):
+    shell.user_ns["my_rows"] = [1]
+    found = completions(shell, typed)
+    assert all(word in found for word in has) and not any(word in found for word in lacks), found

@@ -1,0 +1,169 @@
+"The reducer, the card and the report over events made by hand: nothing here trains."
+import json
+import re
+from functools import reduce
+from html.parser import HTMLParser
+
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from rwkv_peft.look.report import Progress, advance, card, headline, plan_card, report, write_report
+from rwkv_peft.notebook.card import LiveCard, TextCard, curve_bundle, ended
+
+EVIL = "</td><script>alert(1)</script><img src=x onerror=alert(2)> \" ' & \ud800"
+
+
+def told(name="my-run", steps=5, end="done"):
+    yield {"event": "start", "config": {"name": name, "peft": "lora"}, "plan": {"steps": steps}, "data": {"rows": 3}, "versions": {"torch": "2"}, "folder": f"runs/{name}"}
+    for step in range(1, steps + 1):
+        yield {"event": "step", "step": step, "loss": 2.0 / step, "lr": 1e-3, "grad_norm": 1.0, "tokens": 100, "seconds": .5, "memory": 2 ** 30, "rows": [step]}
+    yield {"event": "eval", "step": steps, "loss": .4, "bits_per_byte": .2, "tokens": 50, "best": True}
+    if end: yield {"event": end, "step": steps, "message": ""}
+
+
+class Tags(HTMLParser):
+    "The tags and attributes of a piece of HTML."
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.attributes = [], []
+        self.feed(html)
+    def handle_starttag(self, tag, attrs): self.tags.append(tag); self.attributes += attrs
+
+
+def known(events): return reduce(advance, events, Progress())
+
+
+def test_numbers_are_those_of_the_events():
+    p = known(told())
+    assert (p.status, p.step, p.steps, p.tokens, p.seconds, p.memory) == ("done", 5, 5, 500, 2.5, 2 ** 30)
+    assert "200" in card(p) and "held-out loss" in card(p) and "1.00 GiB" in card(p)
+
+
+def test_the_reducer_is_pure():
+    events = list(told())
+    before = json.dumps(events)
+    states = [Progress()]
+    for event in events: states.append(advance(states[-1], event))
+    assert json.dumps(events) == before and states[0] == Progress() and states[3].step == 2
+    assert known(events) == states[-1]
+
+
+def test_a_resumed_run_draws_the_history_of_the_model_that_came_out():
+    whole = known(told(steps=6))
+    events = [*told(steps=5, end="stopped"), {"event": "resumed", "step": 3}]
+    events += [e for e in told(steps=6) if e["event"] in ("step", "eval", "done") and e["step"] > 3]
+    p = known(events)
+    assert p.curve == whole.curve and p.held_out == whole.held_out and p.status == "done"
+    assert p.tokens == whole.tokens + 200                                   # two steps were taken twice
+
+
+def test_what_is_not_a_number_is_drawn_and_not_fatal():
+    p = known([*told(end=None), {"event": "step", "step": 6, "loss": "nan", "tokens": 1, "seconds": 1, "memory": None}, {"event": "error", "step": 6, "message": "the loss is nan at step 6"}])
+    assert "nan" in card(p) and "the loss is nan at step 6" in card(p)
+    assert curve_bundle(p, final=True)["image/png"] and "<svg" in curve_bundle(p)["text/html"]
+
+
+def test_markup_from_anywhere_stays_text():
+    events = [{**e, "config": {"name": EVIL, "model": EVIL, EVIL: EVIL}, "data": {EVIL: [EVIL]}, "versions": {EVIL: EVIL}, "folder": EVIL} if e["event"] == "start" else e for e in told()]
+    events += [{"event": "sample", "step": 5, "prompt": EVIL, "text": EVIL, "base": EVIL}, {"event": "warning", "message": EVIL}, {"event": "error", "step": 5, "message": EVIL}]
+    for html in (card(known(events)), report(events), plan_card(EVIL, {EVIL: EVIL})):
+        found = Tags(html)
+        assert not {"script", "img"} & set(found.tags) and not any(name.startswith("on") for name, _ in found.attributes)
+        assert "https://" not in html and "http://" not in html
+        html.encode("utf-8")
+
+
+@given(st.lists(st.one_of(
+    st.builds(lambda s, l: {"event": "step", "step": s, "loss": l}, st.integers(0, 99), st.floats(allow_nan=True) | st.sampled_from(["nan", "inf", "-inf"])),
+    st.builds(lambda s, l: {"event": "eval", "step": s, "loss": l}, st.integers(0, 99), st.floats()),
+    st.builds(lambda s, e: {"event": e, "step": s}, st.integers(0, 99), st.sampled_from(["resumed", "stopped", "paused", "done", "error", "what"])),
+    st.builds(lambda t: {"event": "sample", "step": 1, "prompt": t, "text": t}, st.text())), max_size=12))
+@settings(max_examples=60, deadline=None)
+def test_any_order_of_events_can_be_drawn(events):
+    p = known(events)
+    assert "<progress" not in card(p) and "\n" not in headline(p)            # there is no start, hence no plan
+    report(events)
+
+
+def test_dark_pages_keep_their_colours():
+    styles = " ".join(value for name, value in Tags(card(known(told()))).attributes if name == "style")
+    assert not re.search(r"(?:^|[;\s])color:\s*(?!inherit)", styles) and not re.search(r"#[0-9a-f]{3,6}|white|black", styles)
+
+
+def test_a_folder_is_enough_and_the_killed_runs_half_line_is_no_harm(tmp_path):
+    lines = [json.dumps(event) for event in told(end=None)]
+    (tmp_path / "events.jsonl").write_text("\n".join(lines) + '\n{"event": "ste')
+    path = write_report(tmp_path)
+    html = path.read_text(encoding="utf-8")
+    assert "stopped at step 5 — resume with" in html and "<svg" in html and sorted(p.name for p in tmp_path.iterdir()) == ["events.jsonl", "report.html"]
+    with pytest.raises(FileNotFoundError, match="events.jsonl"): report(tmp_path / "other")
+
+
+def test_a_long_run_is_drawn_in_few_points():
+    events = ({"event": "step", "step": s, "loss": 9.0 if s == 30_001 else 1.0, "tokens": 1, "seconds": .1} for s in range(1, 50_001))
+    p = known(events)
+    assert len(p.curve) <= 800 and max(loss for _, loss in p.curve) == 9.0 and p.curve[0][0] == 1 and p.curve[-1][0] == 50_000
+    assert len(report([{"event": "step", "step": s, "loss": 1.0} for s in range(5000)])) < 60_000
+
+
+# ---------------------------------------------------------------- live
+
+class Handle:
+    def __init__(self): self.bundles = []
+    def update(self, bundle, raw): self.bundles.append(bundle)
+
+
+def live_card(monkeypatch, now):
+    import IPython.display
+    handles = []
+    monkeypatch.setattr(IPython.display, "display", lambda *a, **k: handles.append(Handle()) or handles[-1])
+    return LiveCard(now=now), handles
+
+
+def test_text_at_most_twice_a_second_and_the_curve_once(monkeypatch):
+    clock = [0.0]
+    live, (text, picture) = live_card(monkeypatch, lambda: clock[0])
+    for event in told(steps=1000, end=None):
+        clock[0] += .01
+        live.take(event)
+    assert 18 <= len(text.bundles) <= 24 and 9 <= len(picture.bundles) <= 12
+    live.end()
+    assert "image/png" in picture.bundles[-1] and "text/html" not in picture.bundles[-1] and "stopped at step 1000" in text.bundles[-1]["text/html"]
+
+
+def test_what_drawing_took_is_measured_and_told(monkeypatch):
+    clock = [0.0]
+    def now(): clock[0] += .01; return clock[0]
+    live, (text, picture) = live_card(monkeypatch, now)
+    for event in told(): live.take(event)
+    live.end()
+    assert live.progress.drawing > 0 and live.progress.drawing == pytest.approx(clock[0] - .01 * len(list(told())), abs=.02)
+    assert f"drawing took {live.progress.drawing:.2f} s, {live.progress.drawing / 2.5:.1%} of the time" in text.bundles[-1]["text/html"]
+
+
+def test_slow_drawing_is_done_seldom(monkeypatch):
+    clock = [0.0]
+    live, (text, picture) = live_card(monkeypatch, lambda: clock[0])
+    def slow(bundle, raw): clock[0] += .05
+    text.update = picture.update = slow
+    for event in told(steps=10_000, end=None):
+        clock[0] += .01
+        if event["event"] == "step": live.take(event)
+    assert live.progress.drawing / clock[0] < .025                              # one percent for each of the two outputs
+
+
+def test_a_death_without_a_word_is_still_an_end():
+    p = known(told(end=None))
+    assert ended(p).status == "stopped" and ended(p, OSError("disk full")).message == "OSError: disk full"
+    assert "ZeroDivisionError" in ended(p, blind=ZeroDivisionError("x")).notes[0]
+    assert ended(known(told())).status == "done"
+
+
+def test_a_terminal_gets_lines_from_the_thread_that_waits(capsys):
+    view = TextCard()
+    for event in [*told(), {"event": "warning", "message": "two rows are alike"}]: view.take(event)
+    view.end()
+    assert capsys.readouterr().out == ""
+    view.close()
+    out = capsys.readouterr().out
+    assert "note: two rows are alike\n" in out and "my-run: done, step 5 of 5, loss 0.400" in out and "\r" not in out
