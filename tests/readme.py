@@ -12,6 +12,7 @@ def render() -> str:
     page = nbformat.read(root / "nbs/index.ipynb", as_version=4)
     page.cells = [cell for cell in page.cells if "#| hide" not in cell.source]
     for cell in page.cells:
+        if "#| echo: false" in cell.source: cell.metadata["transient"] = {"remove_source": True}
         cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M)
         if cell.cell_type == "code": cell.outputs = [o for o in cell.outputs if "text/html" not in o.get("data", {}) and "image/png" not in o.get("data", {})]
     text, _ = MarkdownExporter().from_notebook_node(page)

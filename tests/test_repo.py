@@ -152,7 +152,7 @@ def test_nothing_dangerous():
     "No unpickling, no evaluation of text but the magic's own cell, no address written to at import."
     for path in modules:
         source = path.read_text(encoding="utf-8")
-        assert "weights_only=False" not in source and "pickle" not in re.sub(r"['\"].*?['\"]", "", source, flags=re.S).replace("unpickl", ""), name(path)
+        assert "weights_only=False" not in source and not re.search(r"pickle\.(loads?|Unpickler)\b", source), name(path)
         calls = {n.func.id for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
         assert "exec" not in calls and ("eval" not in calls or path.name == "magic.py"), name(path)
         for n in ast.walk(ast.parse(source)):
