@@ -1,0 +1,118 @@
+"Settings: every refusal is one sentence that names the setting, before anything heavy happens; what is written can be read."
+import inspect
+import subprocess
+import sys
+import numpy as np
+import pytest
+from rwkv_peft.peft.lora import LoRA
+from rwkv_peft.peft.parts import Train
+from rwkv_peft.peft.state_tuning import StateTuning
+from rwkv_peft.train.config import Config, ConfigError, settings_table
+from rwkv_peft.train.optim import methods_of
+
+ROWS = [{"text": "hello"}]
+
+
+def make(**settings): return Config(**({"model": "rwkv7-tiny", "data": ROWS} | settings))
+
+
+def refused(**settings):
+    with pytest.raises((ConfigError, FileNotFoundError)) as caught: make(**settings)
+    said = str(caught.value)
+    assert "\n" not in said and len(said) < 500, said
+    return said
+
+
+@pytest.mark.parametrize("settings, words", [
+    (dict(lr="x"), ["lr:", "lr_init"]), (dict(learning_rate=1), ["learning_rate:", "lr_init"]), (dict(micro_batch=1), ["micro_batch:", "micro_bsz"]), (dict(epoch=1), ["epoch:", "'epochs'"]),
+    (dict(lr_init="abc"), ["lr_init: expected a number, got 'abc'"]), (dict(lr_init="1e-4"), ["expected a number"]), (dict(lr_init=float("inf")), ["lr_init", "finite"]), (dict(lr_init=float("nan")), ["lr_init", "nan"]),
+    (dict(lr_init=-1.0), ["lr_init", "greater than or equal to 0", "-1.0"]), (dict(micro_bsz=2.5), ["micro_bsz: expected a whole number, got 2.5"]), (dict(micro_bsz=0), ["micro_bsz", "greater than 0"]),
+    (dict(micro_bsz=True), ["micro_bsz: expected a whole number, got True"]), (dict(seed="0"), ["seed: expected a whole number"]), (dict(dropout=1.0), ["dropout", "less than 1"]),
+    (dict(sample_prompts=[1]), ["sample_prompts: expected a list of texts"]), (dict(resume="yes"), ["resume: expected true or false"]), (dict(grad_cp="on"), ["grad_cp: expected true or false or 'auto', got 'on'"]),
+    (dict(lr_schedule="cosine"), ["lr_schedule: 'cosine'", "did you mean 'cos'", "wsd, linear, exp, constant"]), (dict(peft="loar"), ["peft: 'loar'", "did you mean 'lora'", "lora, state, none"]),
+    (dict(peft=3), ["peft: expected a word", "LoRA(r=8)"]), (dict(peft={"r": 8}), ["peft:", "method"]), (dict(peft=["lora", "none"]), ["peft: 'none'"]), (dict(optim="sgd"), ["optim: 'sgd'", "allowed: adamw"]),
+    (dict(epochs=1.0, max_steps=3), ["epochs and max_steps"]), (dict(peft="state", r=8), ["r: peft = 'state'"]), (dict(peft="none", dropout=.1), ["dropout: peft = 'none'"]),
+    (dict(peft=LoRA(r=4), r=8), ["r: with a method object"]), (dict(peft="none", train_parts=["ln"]), ["train_parts:"]), (dict(model=None), ["model: is missing"]), (dict(data=None), ["data: is missing"]),
+    (dict(model=3), ["model: expected"]), (dict(data=3), ["data: expected"]), (dict(data="no.jsonl"), ["data: there is no file 'no.jsonl'"]), (dict(eval_data="no.jsonl"), ["eval_data: there is no file"]),
+    (dict(adapter="nowhere"), ["adapter: there is no 'nowhere'"]), (dict(name="../up"), ["name: '../up'"]), (dict(name=".."), ["name:"]), (dict(resume=True), ["resume: which run"]),
+    (dict(precision="bf16", peft="none"), ["precision", "not in this version yet"]),
+])
+def test_refusal(settings, words):
+    said = refused(**settings)
+    assert all(w in said for w in words), said
+
+
+@pytest.mark.parametrize("settings", [
+    dict(peft="dora"), dict(peft="pissa"), dict(peft="bone"), dict(peft="bat"), dict(peft="miss"), dict(peft="lisa"), dict(peft=["lora", "lisa"]), dict(quant="nf4"), dict(quant="int8"), dict(quant="fp4"), dict(quant="4bit"), dict(train_type="infctx"),
+    dict(chunk_ctx=512), dict(bptt="truncated"), dict(dataload="pack"), dict(dataload="pad"), dict(dataload="get"), dict(dataload="only"), dict(strategy="deepspeed_stage_2"), dict(strategy="ddp"), dict(devices=2), dict(optim="adamw8bit"),
+    dict(precision="fp16"), dict(backend="fla"), dict(backend="cuda"), dict(log_with="wandb"), dict(l2wrap=1e-4), dict(z_loss=1e-4), dict(layerwise_lr=True), dict(template="bot"), dict(loss_mask="qa"),
+    dict(mask_id={"mask0": "0"}), dict(sft_field=["a", "b"]), dict(int8_matmul="exact")])
+def test_later_words_are_known_and_refused(settings):
+    said = refused(**settings)
+    assert "not in this version yet" in said and next(iter(settings)) in said
+
+
+def test_several_errors_are_all_named():
+    said = refused(lr_init="a", epochs="b", foo=1)
+    assert all(name in said for name in ("lr_init:", "epochs:", "foo:"))
+
+
+def test_every_setting_of_the_design_has_a_description_and_a_default():
+    table = {row["name"]: row for row in settings_table()}
+    assert set(table) == set(Config.model_fields)
+    wanted = """model data eval_data adapter state template loss_mask dataload ctx_len chunk_ctx micro_bsz accumulate epochs max_steps peft r alpha dropout targets train_parts quant int8_matmul train_type bptt
+        lr_init lr_final lr_schedule warmup_steps optim weight_decay grad_clip grad_cp precision device backend strategy devices eval_split eval_steps save_steps keep sample_prompts seed name output log_with resume
+        early_stop layerwise_lr l2wrap z_loss mask_id sft_field sft_split""".split()
+    assert set(wanted) <= set(table)
+    assert all(len(row["description"]) > 5 and row["group"] for row in table.values())
+    got = {n: table[n]["default"] for n in ("peft", "r", "dropout", "lr_schedule", "optim", "weight_decay", "grad_clip", "eval_split", "keep", "seed", "output", "early_stop", "resume", "dataload")}
+    assert got == dict(peft="lora", r=16, dropout=0, lr_schedule="cos", optim="adamw", weight_decay=0, grad_clip=1, eval_split=.02, keep=3, seed=0, output="runs", early_stop=3, resume=False, dataload="bucket")
+
+
+def test_toml_round_trip(tmp_path):
+    config = make(data=str(rows_file(tmp_path)), r=8, lr_init=3e-4, sample_prompts=["a \"b\"", "早上好"], targets=["att.key"], grad_cp=True)
+    path = tmp_path / "run.toml"
+    path.write_text(config.to_toml(), encoding="utf-8")
+    assert Config.from_toml(path) == config and Config.from_toml(path, r=4).r == 4
+
+
+def test_toml_errors_name_the_line(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text(f"model = 'rwkv7-tiny'\ndata = '{rows_file(tmp_path)}'\n# a comment\nlr_init = 'fast'\n")
+    with pytest.raises(ConfigError, match=r"run.toml line 4: lr_init: expected a number"): Config.from_toml(path)
+    path.write_text("model = \n")
+    with pytest.raises(ConfigError, match="not valid TOML.*line 1"): Config.from_toml(path)
+    with pytest.raises(FileNotFoundError): Config.from_toml(tmp_path / "none.toml")
+
+
+def test_method_objects_survive_as_tables(tmp_path):
+    data = str(rows_file(tmp_path))
+    config = make(data=data, peft=[LoRA(r=4, dropout=.1), StateTuning(), Train(["ln"])])
+    path = tmp_path / "run.toml"
+    path.write_text(config.to_toml())
+    assert methods_of(Config.from_toml(path)) == methods_of(config) == [LoRA(r=4, dropout=.1), StateTuning(), Train(["ln"])]
+
+
+@pytest.mark.parametrize("settings, expected", [
+    ({}, [LoRA()]), (dict(r=4, alpha=8., dropout=.1), [LoRA(4, 8., .1)]), (dict(peft="state"), [StateTuning()]), (dict(train_type="state"), [StateTuning()]), (dict(peft="none"), []),
+    (dict(peft="lora", train_type="state"), [LoRA(), StateTuning()]), (dict(train_parts="ln"), [LoRA(), Train(["ln"])]), (dict(peft=["lora", "state"]), [LoRA(), StateTuning()]), (dict(peft={"method": "lora", "r": 2}), [LoRA(2)])])
+def test_methods(settings, expected): assert methods_of(make(**settings)) == expected
+
+
+def test_plain_values_are_accepted(tmp_path):
+    config = make(micro_bsz=np.int64(4), lr_init=np.float32(.5), output=tmp_path, targets=("att.key",), epochs=2, grad_cp=1)
+    assert (config.micro_bsz, config.lr_init, config.output, config.targets, config.epochs, config.grad_cp) == (4, .5, str(tmp_path), ["att.key"], 2, True)
+    with pytest.raises(Exception): config.r = 3
+    assert config.changed(micro_bsz=None).micro_bsz is None
+
+
+def test_config_loads_nothing_heavy():
+    "Settings are checked without torch: in a shell a typo costs no start of PyTorch."
+    code = "import sys; from rwkv_peft.train.config import Config; print([m for m in ('accelerate', 'peft', 'transformers', 'matplotlib', 'IPython', 'torch') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def rows_file(folder):
+    path = folder / "rows.jsonl"
+    path.write_text('{"text": "hello"}\n')
+    return path
