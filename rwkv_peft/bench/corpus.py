@@ -163,6 +163,7 @@ class Document:
     name: str
     text: str
 
+# %% ../../nbs/bench/05_corpus.ipynb #016a5a0b
 def speeches(archive: Path, since: int = 1900) -> list[Document]:
     "State of the Union addresses given in the year `since` or later; named like `1941 Franklin D. Roosevelt`."
     out = []
@@ -179,6 +180,7 @@ def chapters(archive: Path) -> list[Document]:
     return [Document("novel", PurePosixPath(name).stem, "\n\n".join(paragraphs(text)))
             for name, text in members(archive, r"/data/(chapter_\d+|epilogue)\.txt$")]
 
+# %% ../../nbs/bench/05_corpus.ipynb #7e70e4fe
 def manual(archive: Path) -> list[Document]:
     "The pages of the manual that hold at least 400 characters of prose."
     pages = [Document("manual", name.split("/docs/", 1)[1], rst_prose(text)) for name, text in members(archive, r"^[^/]+/docs/(?!_|man/|README).*\.txt$")]
@@ -207,10 +209,12 @@ class Pair:
     @property
     def text(self) -> str: return f"User: {self.question}\n\nAssistant: {self.answer}\n\n"
 
+# %% ../../nbs/bench/05_corpus.ipynb #e5429281
 def key(text: str) -> str:
     "`text` without case, punctuation and spaces: two questions with the same key are the same question."
     return "".join(c for c in text.lower() if c.isalnum())
 
+# %% ../../nbs/bench/05_corpus.ipynb #2a9e8589
 def held_back(question: str) -> bool:
     "Is this question one of the third that training never sees? Depends on nothing but its letters."
     return hashlib.sha256(key(question).encode()).digest()[0] % 3 == 0
@@ -234,6 +238,7 @@ def split_pairs(pairs: list[Pair]) -> tuple[list[Pair], list[Pair]]:
     answers = {key(p.answer) for p in back if len(p.answer.split()) >= 5 or _HAN.search(p.answer)}
     return [p for p in pairs if not held_back(p.question) and key(p.answer) not in answers], back
 
+# %% ../../nbs/bench/05_corpus.ipynb #9e2e853a
 def held_back_pairs(cache: str | Path = "corpus", language: str = "english") -> list[Pair]:
     "The pairs of the chat corpus that are in no training data of this project. Needs the fetched archive in `cache`."
     source = next(s for s in SOURCES if s.name == "chat")
@@ -249,6 +254,7 @@ def speech_pairs(documents: list[Document]) -> list[Pair]:
     forms = ("Who spoke to Congress in {0}?", "{1} spoke to Congress in {0}."), ("Who was President in {0}?", "The President in {0} was {1}.")
     return [Pair(q.format(y, n), a.format(y, n)) for i, (y, n) in enumerate(sorted(years.items())) for q, a in [forms[i % 2]]]
 
+# %% ../../nbs/bench/05_corpus.ipynb #33d6373d
 def manual_pairs(archive: Path) -> list[Pair]:
     "What a named filter, tag, setting or command does: a title in code font and the first sentence below it, if that is prose."
     out = {}
@@ -265,6 +271,7 @@ def is_held_out(document: Document, one_in: int = 20) -> bool:
     digest = hashlib.sha256(f"{document.source}/{document.name}".encode()).digest()
     return document.source != "chinese" and int.from_bytes(digest[:4], "big") % one_in == 0
 
+# %% ../../nbs/bench/05_corpus.ipynb #3e6c4bc4
 def _runs(text: str, n: int = 8) -> set[bytes]:
     words = re.findall(r"\w+", text.lower())
     return {hashlib.blake2b(" ".join(words[i:i + n]).encode(), digest_size=6).digest() for i in range(len(words) - n + 1)}
@@ -290,6 +297,7 @@ class Corpus:
     dialogues: list[Pair]
     held_back: list[Pair] = field(repr=False)
 
+# %% ../../nbs/bench/05_corpus.ipynb #7bed0451
 def documents(cache: str | Path = "corpus") -> Corpus:
     "Read, clean and split the fetched archives. The same archives give the same corpus, everywhere. About twenty seconds."
     path = {s.name: checked(s, Path(cache)) for s in SOURCES}
