@@ -435,7 +435,7 @@ def test_the_order_is_pinned():
 
 @pytest.mark.parametrize("settings_, said", [
     ({"dataload": "pack"}, ("'pack'", "isn't in this version", "'bucket'")), ({"dataload": "pad"}, ("'pad'", "version")), ({"dataload": "only"}, ("'only'",)), ({"dataload": "get"}, ("'get'",)),
-    ({"dataload": "buket"}, ("did you mean 'bucket'",)), ({"micro_bsz": 0}, ("micro_bsz=0", "at least 1")), ({"micro_bsz": 2.0}, ("micro_bsz=2.0",)),
+    ({"dataload": "buket"}, ("use 'bucket'",)), ({"micro_bsz": 0}, ("micro_bsz=0", "at least 1")), ({"micro_bsz": 2.0}, ("micro_bsz=2.0",)),
     ({"start": 4}, ("start=4", "3 batches")), ({"start": -1}, ("start=-1",)), ({"epoch": -1}, ("epoch=-1",)), ({"pad_multiple": 0}, ("pad_multiple=0",)),
 ])
 def test_batch_settings_that_are_refused(settings_, said):

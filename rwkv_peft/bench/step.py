@@ -80,7 +80,7 @@ def _peak(backend, T, small):
 
 # %% ../../nbs/bench/30_step.ipynb #4d3e7c11
 def bench_step(T: int = 512, repeats: int = 5, loop_repeats: int = 1, small: bool = False, memory: bool = True) -> dict:
-    "Median step time over the roofline's for `cpu`, `chunk` and `loop` (those that are usable), interleaved, with each one's peak memory."
+    "Median step time over the roofline's for `cpu`, `chunk` and `loop` (those that are usable), with each one's peak memory; the roofline, `cpu` and `chunk` take turns, the slow `loop` comes after them."
     work = LoRAStep(step_config(small), T)
     usable = [n for n in ("cpu", "chunk", "loop") if backends()[n][0]]
     floor = roofline(work.model, T)

@@ -7,7 +7,6 @@ __all__ = ['POOL', 'Batch', 'collate', 'epoch_order', 'count_batches', 'batches'
 
 # %% ../../nbs/data/40_batches.ipynb #0a1fd51d
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Iterator, Sequence
 import numpy as np
 import torch
@@ -53,7 +52,7 @@ _LATER = ("pad", "only", "get", "pack")
 
 def _check(data, micro_bsz, dataload, epoch, start, pad_multiple) -> None:
     if dataload in _LATER: raise DataError(f"dataload={dataload!r} isn't in this version; use 'bucket'")
-    if dataload != "bucket": raise DataError(f"dataload={dataload!r} isn't known{', did you mean ' + repr(get_close_matches(str(dataload), ['bucket'])[0]) + '?' if get_close_matches(str(dataload), ['bucket']) else ''}; use 'bucket'")
+    if dataload != "bucket": raise DataError(f"dataload={dataload!r} isn't known; use 'bucket'")
     for name, value, low in (("micro_bsz", micro_bsz, 1), ("epoch", epoch, 0), ("start", start, 0), ("pad_multiple", pad_multiple, 1)):
         if isinstance(value, bool) or not isinstance(value, int) or value < low: raise DataError(f"{name}={value!r} must be a whole number, at least {low}")
     if start > count_batches(data, micro_bsz): raise DataError(f"start={start} is past the {count_batches(data, micro_bsz)} batches of an epoch; start the next epoch")

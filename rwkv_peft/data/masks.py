@@ -23,10 +23,14 @@ class Example:
     segments: tuple = ()        # the rendered text: ((text, weight), ...)
 
     @property
-    def length(self) -> int: return max(0, len(self.tokens) - 1)
+    def length(self) -> int:
+        "T, the positions at which the model predicts."
+        return max(0, len(self.tokens) - 1)
 
     @property
-    def trained(self) -> int: return int((self.weights > 0).sum())
+    def trained(self) -> int:
+        "How many tokens have a weight above 0."
+        return int((self.weights > 0).sum())
 
 # %% ../../nbs/data/30_masks.ipynb #bcea3171
 LOSS_MASKS = ("none", "pad", "all", "assistant", "last")

@@ -77,7 +77,7 @@ def _messages(value: Any, where: str) -> list[dict]:
 
 # %% ../../nbs/data/10_rows.ipynb #6eda13ef
 def check_row(value: Any, number: int, where: str, fields: Mapping[str, str] | None = None) -> Row:
-    "`value` (a dict or a string) as a checked `Row`; `where` names its place in error messages."
+    "`value` (a dict or a string) as a checked `Row`; `where` names its place in the sentence of a DataError."
     fields = fields or {}
     if isinstance(value, str): value = {fields.get("text", "text"): value}
     if not isinstance(value, Mapping): raise DataError(f"{where} is {type(value).__name__}; {ACCEPTED}")
@@ -100,7 +100,7 @@ def _parsed(line: str, where: str) -> Any:
     raise DataError(f"{where} isn't JSON ({said}); every line must be one JSON object")
 
 def read_lines(path: str | Path) -> Iterator[tuple[int, Any]]:
-    "(line number, parsed value) of a JSON lines file in UTF-8."
+    "(line number from 1, parsed value) of a JSON lines file in UTF-8, blank lines skipped; DataError names the line that isn't JSON or UTF-8."
     path = Path(path)
     if not path.is_file(): raise DataError(f"{path} is {'a folder' if path.is_dir() else 'not there'}; give a .jsonl file or a Python list of rows")
     if path.suffix in _LATER: raise DataError(f"{path}: {_LATER[path.suffix]} can't be read in this version; give a .jsonl file or a Python list of rows")
@@ -123,7 +123,7 @@ def _pairs(source: Any) -> tuple[str, Any]:
     return "row", enumerate(source, 1)
 
 def read_rows(source: str | Path | Sequence, fields: Mapping[str, str] | None = None) -> list[Row]:
-    """Every row of a .jsonl file or a list, checked, all of one shape.
+    """Every row of a .jsonl file or a list, checked, all of one shape; a `DataError` names the first line or row that can't be used.
     `fields` renames keys, as in {"prompt": "question", "completion": "answer"}."""
     unknown = set(fields or ()) - {k for keys in KEYS.values() for k in keys}
     if unknown: raise DataError(f"fields has {sorted(unknown)[0]!r}; it renames {', '.join(k for keys in KEYS.values() for k in keys)}")

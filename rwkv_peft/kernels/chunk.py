@@ -128,7 +128,8 @@ def wkv7_chunk(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor,
     """The RWKV-7 recurrence in chunks of up to 32 tokens, on any device, with a backward written by hand (differentiable once).
 
     r, w, k, v, a, b: (B, T, H, N), w the natural log of the decay; state: (B, H, N, N) as [value, key]; initial: (H, N, N); resets: (B, T) bool.
-    Returns y in v's dtype and the last state. Computes in float32, or in float64 if any input is float64."""
+    Returns y in v's dtype and the last state. Computes in float32, or in float64 if any input is float64.
+    On the CPU any w <= 0 will do. Elsewhere its values aren't looked at, and must be above -1.25, as RWKV-7's are; below about -2.7 a chunk overflows."""
     dtype = state_dtype(r, w, k, v, a, b, state, initial)
     tensors = [x.to(dtype) for x in (r, w, k, v, a, b)]
     C = chunk_length(tensors[1].detach())

@@ -24,7 +24,7 @@ def softmax_in_place(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor
 
 @torch.library.custom_op("rwkv_peft::softmax_cross_entropy", mutates_args={"logits"}, device_types="cpu")
 def _softmax_op(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    "The same in C++, two passes over each row instead of seven."
+    "The same in C++: three walks over each row instead of five."
     losses = torch.empty_like(weights)
     call("softmax_cross_entropy", *logits.shape, torch.get_num_threads(), logits, targets, weights, losses)
     return losses
