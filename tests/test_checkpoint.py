@@ -69,6 +69,17 @@ def test_merged_states_are_tuned_states(tmp_path):
     assert "time_state" in names and names[:18] == NUMPY_ORDER[:18] and names[-8:] == NUMPY_ORDER[-8:]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_states_are_at_least_fp32_whatever_the_weights_are(tmp_path, dtype):
+    file = tensors() | {f"blocks.{i}.att.time_state": torch.randn(4, 16, 16).bfloat16() for i in range(3)}
+    model = load(write_tensors(file, tmp_path / "a.pth"), device="cpu", dtype=dtype)
+    for name, p in model.named_parameters():
+        assert p.dtype == (torch.promote_types(dtype, torch.float32) if name.endswith(".time_state") else dtype), name
+    logits, state = model(torch.randint(257, (1, 5)))
+    assert logits.dtype == dtype and state.wkv.dtype == torch.promote_types(dtype, torch.float32)
+    assert same(official(model), file)
+
+
 x = torch.zeros(4, 4)
 v5 = {"blocks.0.att.ln_x.weight": x, "blocks.0.att.gate.weight": x, "blocks.0.att.time_mix_g": x}
 OTHERS = {
@@ -173,6 +184,40 @@ def test_fingerprint_knows_the_base_and_nothing_else(tmp_path):
         changed = file | {name: file[name] + 1}
         assert fingerprint(changed) != one
     assert fingerprint({name.replace("blocks.2", "blocks.3"): t for name, t in file.items()}) != one
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("held", [torch.bfloat16, torch.float32])
+def test_a_fingerprint_copies_rows_and_no_model(tmp_path, stored, held):
+    "Every tensor that is made on the way is seen: none is larger than sixteen rows. The digest is the file's, also when it was rounded twice."
+    from torch.utils._python_dispatch import TorchDispatchMode
+    file = tensors(stored)
+    model = load(write_tensors(file, tmp_path / "a.pth"), device="cpu", dtype=held)
+    known, largest = {t.untyped_storage().data_ptr() for t in [*model.state_dict().values(), *model.origin.values()] if not t.is_meta}, []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            largest.extend(t.numel() for t in (out if isinstance(out, (list, tuple)) else [out])
+                           if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in known)
+            return out
+
+    with Watch(): found = fingerprint(model)
+    assert 0 < max(largest) <= 16 * CONFIG.dim_ffn
+    assert found == fingerprint({name: t.to(held).to(stored) for name, t in file.items()})
+    with torch.no_grad(): model.head.weight.add_(torch.randn_like(model.head.weight) * .01)
+    assert fingerprint(model) == fingerprint(read(save(model, tmp_path / "b.pth")))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="permissions are POSIX's")
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_files_have_the_permissions_of_any_new_file(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        write_tensors({"a": torch.ones(3)}, tmp_path / "a.pth")
+        write_tensors({"a": torch.ones(3)}, tmp_path / "a.safetensors")
+    finally: os.umask(before)
+    for path in tmp_path.iterdir(): assert path.stat().st_mode & 0o777 == 0o666 & ~umask, path
 
 
 def test_state_files(tmp_path):

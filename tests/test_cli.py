@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+import torch
 
 from rwkv_peft import RWKV, RWKVConfig, cli
 
@@ -59,7 +60,7 @@ def test_help_loads_nothing_heavy():
     assert said.rstrip().endswith("[]") and "tune" in said and "generate" in said
 
 
-def test_demo_and_bench_hand_on_their_options(capsys, monkeypatch):
+def test_demo_and_bench_hand_on_their_options(capsys, monkeypatch, tmp_path):
     from types import ModuleType
     called = []
     for name, functions in {"demo": {"run_demo": lambda **k: called.append(k)}, "wkv": {"bench_wkv": lambda **k: called.append(k), "wkv_table": lambda r: "a table"},
@@ -67,6 +68,8 @@ def test_demo_and_bench_hand_on_their_options(capsys, monkeypatch):
         module = ModuleType(f"rwkv_peft.bench.{name}")
         module.__dict__.update(functions)
         monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.jsonl").touch()
     assert shell(capsys, "demo", "--data", "my.jsonl", "--model", "my.pth") == (0, "", "")
     assert shell(capsys, "bench", "wkv", "--tokens", "9")[:2] == (0, "a table\n")
     assert shell(capsys, "bench", "step", "--small", "--no-memory")[:2] == (0, "a table\n")
@@ -102,6 +105,7 @@ def test_tune_until_ctrl_c_then_resume(folder):
     again = subprocess.run([*COMMAND, "tune", "name=mine", "resume=true", f"max_steps={last['step'] + 2}"], cwd=folder, env=ENV, capture_output=True, text=True)
     assert again.returncode == 0 and f"mine: done, step {last['step'] + 2}" in again.stdout, again.stdout + again.stderr
     assert (folder / "runs/mine/adapter/adapter_config.json").is_file()
+    assert f"done · step {last['step'] + 2:,} of {last['step'] + 2:,}" in (folder / "runs/mine/report.html").read_text(encoding="utf-8")
 
 
 def test_plan_and_generate(folder, capsys, monkeypatch):
@@ -109,7 +113,10 @@ def test_plan_and_generate(folder, capsys, monkeypatch):
     code, out, err = shell(capsys, "plan", "my.toml", "max_steps=7", "name=other")
     assert code == 0 and "steps: 7\n" in out and not (folder / "runs/other").exists()
     code, first, err = shell(capsys, "generate", "small.pth", "--prompt", "1 + 1 =", "--max-tokens", "8", "--seed", "1")
-    assert code == 0 and first.strip()
+    from rwkv_peft.model.sample import Sampler
+    model = RWKV.load("small.pth", device="cpu", dtype=torch.float32)
+    assert code == 0 and first == "".join(model.generate("1 + 1 =", max_tokens=8, sampler=Sampler(seed=1))) + "\n"      # the text and nothing else
+    assert err.startswith("small.pth: ") and "as float32 on" in err
     assert shell(capsys, "generate", "small.pth", "--prompt", "1 + 1 =", "--max-tokens", "8", "--seed", "1")[1] == first
-    code, out, err = shell(capsys, "generate", "small.pth", "--prompt", "")
+    code, out, err = shell(capsys, "generate", "nowhere.pth", "--prompt", "")
     assert code == 2 and "prompt is empty" in err and err.count("\n") == 1

@@ -5,6 +5,7 @@ import threading
 from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
 from hypothesis import given, strategies as st
 from IPython.core.completer import provisionalcompleter
 from IPython.core.error import UsageError
@@ -12,7 +13,11 @@ from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
 from traitlets.config import Config as Traits
 
+from rwkv_peft import RWKV, RWKVConfig
+from rwkv_peft.look.report import report
 from rwkv_peft.notebook import magic
+from rwkv_peft.peft.adapters import detach
+from rwkv_peft.train import loop
 from rwkv_peft.train.config import Config, ConfigError
 
 NAMES = list(Config.model_fields)
@@ -52,9 +57,9 @@ def shell(monkeypatch):
         made.append(FakeRun(settings, **shell.user_ns.get("_fake", {})))
         return made[-1]
 
-    loop = ModuleType("rwkv_peft.train.loop")
-    loop.finetune = finetune
-    monkeypatch.setitem(sys.modules, "rwkv_peft.train.loop", loop)
+    fake = ModuleType("rwkv_peft.train.loop")
+    fake.finetune = finetune
+    monkeypatch.setitem(sys.modules, "rwkv_peft.train.loop", fake)
     with capture_output(): shell.run_cell("%load_ext rwkv_peft")
     shell.made = made
     yield shell
@@ -229,6 +234,69 @@ def test_a_run_never_replaces_a_variable_that_is_no_run(shell):
     run(shell, "%%rwkv_finetune mine\nmodel = 'm'")
     captured, error = run(shell, "%%rwkv_finetune mine --resume\nmodel = 'm'")
     assert error is None and shell.user_ns["mine"] is shell.made[-1]
+
+
+# ---------------------------------------------------------------- what a real run leaves
+
+@pytest.fixture
+def real(shell, monkeypatch, tmp_path):
+    "The shell with the real trainer, in an empty folder, with a small model of random weights and rows."
+    monkeypatch.setitem(sys.modules, "rwkv_peft.train.loop", loop)
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    shell.user_ns["small"] = RWKV(RWKVConfig(n_layer=1, n_embd=32, head_size=16, dim_ffn=64, vocab_size=257, w_rank=8, a_rank=8, v_rank=8, g_rank=8))
+    shell.user_ns["rows"] = [{"prompt": f"{i} + 1 =", "completion": f" {i + 1}."} for i in range(20)]
+    return shell
+
+
+BODY = "\nmodel = small; data = rows\naccumulate = 2; r = 2; eval_split = 0.2; max_steps = 4; eval_steps = 2"
+
+
+def test_a_run_leaves_its_report(real, tmp_path):
+    captured, error = run(real, "%%rwkv_finetune mine" + BODY)
+    assert error is None and "report.html" not in captured.stdout
+    html = (tmp_path / "runs/mine/report.html").read_text(encoding="utf-8")
+    assert html == report(tmp_path / "runs/mine") and "done · step 4 of 4" in html
+    assert real.user_ns["mine"].report()["status"] == "done"
+
+
+def test_a_report_that_can_not_be_written_hides_neither_result_nor_error(real, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(magic, "write_report", lambda folder: 1 / 0)
+        captured, error = run(real, "%%rwkv_finetune mine" + BODY)
+    assert error is None and "note: report.html was not written: division by zero" in captured.stdout and "mine: done, step 4 of 4" in captured.stdout
+    assert not (tmp_path / "runs/mine/report.html").exists() and (tmp_path / "runs/mine/adapter").is_dir()
+    detach(real.user_ns["small"])
+    said = complaint(real, "%%rwkv_finetune broken" + BODY.replace("max_steps = 4", "max_steps = 40; lr_init = 1e30; warmup_steps = 0"))
+    assert "lower lr_init" in said and "error" in (tmp_path / "runs/broken/report.html").read_text(encoding="utf-8")
+
+
+def test_a_background_run_leaves_its_report_too_and_wait_covers_it(real, tmp_path):
+    run(real, "%%rwkv_finetune mine --background" + BODY)
+    real.user_ns["mine"].wait()
+    assert "done · step 4 of 4" in (tmp_path / "runs/mine/report.html").read_text(encoding="utf-8")
+
+
+def test_resume_in_the_same_kernel_over_the_same_object(real, tmp_path, monkeypatch):
+    "After ■, the name alone is enough: the object is still there; the card begins with what was before."
+    step = loop.take_step
+
+    def interrupted(run):
+        said = step(run)
+        if said["step"] == 2: run.stop()
+        return said
+
+    monkeypatch.setattr(loop, "take_step", interrupted)
+    captured, error = run(real, "%%rwkv_finetune mine" + BODY)
+    assert error is None and "stopped at step 2 of 4" in captured.stdout
+    first, views = real.user_ns["mine"].report(), []
+    monkeypatch.setattr(magic, "view_for", lambda shell: views.append(magic.TextCard()) or views[-1])
+    captured, error = run(real, "%rwkv_finetune mine --resume")
+    assert error is None and "mine: done, step 4 of 4" in captured.stdout, captured.stdout
+    progress = views[0].progress
+    assert [s for s, _ in progress.curve] == [1, 2, 3, 4] and progress.held_out[0] == (0, first["before"]["loss"])
+    assert progress == magic.progress_of(real.user_ns["mine"].events)
+    assert real.user_ns["mine"].model is real.user_ns["small"]
 
 
 # ---------------------------------------------------------------- completion

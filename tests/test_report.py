@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from rwkv_peft.look.report import Progress, advance, card, headline, plan_card, report, write_report
+from rwkv_peft.look.report import Progress, advance, card, headline, numbers, plan_card, progress_of, report, write_report
 from rwkv_peft.notebook.card import LiveCard, TextCard, curve_bundle, ended
 
 EVIL = "</td><script>alert(1)</script><img src=x onerror=alert(2)> \" ' & \ud800"
@@ -55,6 +55,41 @@ def test_a_resumed_run_draws_the_history_of_the_model_that_came_out():
     p = known(events)
     assert p.curve == whole.curve and p.held_out == whole.held_out and p.status == "done"
     assert p.tokens == whole.tokens + 200                                   # two steps were taken twice
+
+
+def test_a_report_of_several_sessions_tells_of_the_model_that_came_out():
+    "Killed at step 5, resumed from 3: steps 4 and 5 of the first session are nobody's, in curve, sums and losses."
+    first = [*told(steps=5, end=None), {"event": "warning", "message": "a note"}, {"event": "sample", "step": 5, "prompt": "p", "text": "a text that is lost"}]
+    second = [{"event": "start", "config": {"name": "my-run"}, "plan": {"steps": 6}, "folder": "runs/my-run"}, {"event": "resumed", "step": 3}]
+    second += [{"event": "step", "step": s, "loss": 7.0, "tokens": 100, "seconds": .5} for s in (4, 5, 6)]
+    p = progress_of([*first, *second])
+    assert p.curve == ((1, 2.0), (2, 1.0), (3, 2 / 3), (4, 7.0), (5, 7.0), (6, 7.0)) and p.held_out == () and p.notes == ("a note",)
+    assert (p.tokens, p.seconds, p.steps) == (600, 3.0, 6)
+    html = report([*first, *second])
+    assert "a text that is lost" not in html and "training from 2 to 7, lowest 0.6667" in html
+
+
+STEPS = st.builds(lambda kind, s, x: {"event": kind, "step": s, "loss": x}, st.sampled_from(["step", "eval"]), st.integers(0, 9), st.floats(-9, 9))
+RESUMES = st.builds(lambda s: {"event": "resumed", "step": s}, st.integers(0, 9))
+
+
+@given(st.lists(st.one_of(STEPS, STEPS, RESUMES), max_size=30))
+@settings(deadline=None)
+def test_a_live_card_and_a_report_forget_the_same(events):
+    live, later = known(events), progress_of(events)
+    assert (live.curve, live.held_out, live.loss if live.curve else None) == (later.curve, later.held_out, later.loss)
+
+
+def test_held_out_loss_goes_from_before_to_the_best():
+    events, losses = list(told(end=None))[:1], [3.0, 2.0, 2.5]
+    said = []
+    for step, loss in enumerate(losses):
+        events.append({"event": "eval", "step": step, "loss": loss})
+        said.append(numbers(known(events))["held-out loss"])
+    assert said == ["3.000", "3.000 → 2.000 (-33%)", "3.000 → 2.000 (-33%), now 2.500"]
+    done = known([*events, {"event": "done", "step": 2, "message": ""}])
+    assert numbers(done)["held-out loss"] == said[1] and said[1] in headline(done) and said[1] in card(done)
+    assert numbers(known([{"event": "eval", "step": s, "loss": x} for s, x in enumerate(["nan", 2.0, "nan"])]))["held-out loss"] == "nan → 2.000"
 
 
 def test_what_is_not_a_number_is_drawn_and_not_fatal():

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from rwkv_peft.data.records import read_data
-from rwkv_peft.model.checkpoint import save
+from rwkv_peft.model.checkpoint import load, save
 from rwkv_peft.model.tokenizer import Bytes
-from rwkv_peft.peft.adapters import detach
+from rwkv_peft.peft.adapters import attach, detach
+from rwkv_peft.peft.lora import LoRA
 from rwkv_peft.train.config import ConfigError
 from rwkv_peft.train.events import read_events, timeline
 from rwkv_peft.train.folder import checkpoints
@@ -181,6 +182,29 @@ def test_a_run_over_a_model_object_asks_for_it_again(tmp_path):
     resumed = Run.resume(run.folder, model=run.model).fit()
     untouched = make(tmp_path, name="untouched", max_steps=4).fit()
     assert losses(resumed) == losses(untouched)
+
+
+@pytest.mark.parametrize("settings", [dict(dropout=.2), dict(peft="state", r=None, lr_init=.1), dict(train_parts=["ln"])])
+def test_the_very_object_of_a_stopped_run_goes_on(tmp_path, settings):
+    "Its own adapters come off and the checkpoint's go on, over the base as it was, in two sessions more; anything else that is attached to it is refused."
+    base = save(tiny(), tmp_path / "base.pth")
+    model = load(base, device="cpu", dtype=torch.float32)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    run = make(tmp_path, model=model, max_steps=9, **settings)
+    for n, stop in enumerate((2, 5)):
+        for e in run.steps():
+            if e["event"] == "start" and stop == 2:
+                with pytest.raises(ConfigError, match=r"detach\(model\)"): Run.resume(run.folder, model=model).plan()     # it is at work
+            if e["event"] == "step" and e["step"] == stop: run.stop()
+        assert model.attached
+        run = Run.resume(run.folder, model=model)
+    run.fit()
+    untouched = make(tmp_path, model=load(base, device="cpu", dtype=torch.float32), name="untouched", max_steps=9, **settings).fit()
+    assert losses(run) == losses(untouched) and len(losses(run)) == 9
+    detach(model)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    attach(model, LoRA(r=4))
+    with pytest.raises(ConfigError, match=r"detach\(model\)"): Run.resume(run.folder, model=model).plan()
 
 
 def test_the_source_file_may_be_gone(place, tmp_path):

@@ -95,6 +95,62 @@ def test_any_series_gives_well_formed_svg_inside_its_frame(series):
     assert drawn + len(dots) == finite
 
 
+def pixels(text, size=11):
+    "The width of `text` in a real font."
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import TextPath
+    return TextPath((0, 0), text, size=size, prop=FontProperties(family="DejaVu Sans")).get_extents().width
+
+
+LONG = [f"learning rate {i}e-4, the second try of the evening" for i in range(1, 7)]
+
+
+@pytest.mark.parametrize("names, y, last", [(["training", "held out"], "loss", 20_000), (LONG, "loss", 900_000), (LONG[:3], "loss in nats for each trained token", 100), (["x" * 200], "loss", 5)])
+def test_no_word_of_the_curve_lies_on_another_or_on_a_line_or_leaves_the_frame(names, y, last):
+    root = ElementTree.fromstring(curve({name: ([0, last], [2, 2 + i]) for i, name in enumerate(names)}, y=y))
+    width, height = int(root.get("width")), int(root.get("height"))
+    boxes = []
+    for t in root.iter("text"):
+        x, base, wide = float(t.get("x")), float(t.get("y")), pixels(t.text)
+        x -= {"middle": wide / 2, "end": wide}.get(t.get("text-anchor"), 0)
+        boxes.append((x, x + wide, base - 9, base + 2))
+    assert all(0 <= x0 and x1 <= width + 1 and 0 <= top and low <= height for x0, x1, top, low in boxes), boxes
+    for i, a in enumerate(boxes):
+        assert not any(a[0] < b[1] and b[0] < a[1] and a[2] < b[3] and b[2] < a[3] for b in boxes[:i]), a
+    lines = [float(p.split(",")[1]) for line in root.iter("polyline") for p in line.get("points").split()]
+    legend = [float(t.get("y")) for t in root.iter("text") if t.text[:10] in [n[:10] for n in names]]
+    assert len(legend) == len(names) and max(legend) < min(lines)
+
+
+@pytest.mark.parametrize("n, title", [(1, None), (2, "a title"), (6, None)])
+def test_the_legend_of_the_png_stands_above_the_axes(n, title):
+    "Two pictures that differ in their names only differ above the vertical axis only."
+    import io
+    import numpy as np
+    from PIL import Image
+    draw = lambda letter: np.asarray(Image.open(io.BytesIO(curve_png({f"{letter}{i}": ([0, 1, 2], [0, i, 9]) for i in range(n)}, title=title))).convert("L")).astype(int)
+    a, b = draw("a"), draw("o")
+    dark = a < 60
+    axis = np.flatnonzero(dark[:, dark.sum(0).argmax()])
+    changed = np.flatnonzero((a != b).any(1))
+    assert len(changed) and changed.max() < axis.min() and axis.max() - axis.min() > 100
+
+
+def test_dollars_are_not_typeset():
+    "MathJax leaves an element with one of these classes alone, with all that is in it; no data may stand outside of one."
+    class Outside(HTMLParser):
+        def __init__(self, html):
+            super().__init__()
+            self.open, self.found = [], ""
+            self.feed(html)
+        def handle_starttag(self, name, attributes): self.open.append(dict(attributes).get("class") or "")
+        def handle_endtag(self, name): self.open.pop()
+        def handle_data(self, data): self.found += data if not any({"tex2jax_ignore", "mathjax_ignore"} <= set(c.split()) for c in self.open) else ""
+    text = "from $5 to $9"
+    for html in (token_ribbon([text], [1], legend=text), table([[text]], [text], text), curve({text: ([0, 1], [1, 2])}, text, text)):
+        assert text in html and not Outside(html).found
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=1, max_size=2000), st.integers(4, 300))
 def test_decimation_keeps_extremes_ends_and_order(ys, points):

@@ -291,6 +291,45 @@ def test_in_a_thread_and_awaited(tmp_path):
     with pytest.raises(TrainingError): bad.wait()
 
 
+def slowly(run, seconds=.1):
+    "Lets `run` take its time at each event."
+    steps = run.steps
+    def slow():
+        for e in steps():
+            time.sleep(seconds)
+            yield e
+    run.steps = slow
+    return run
+
+
+def test_an_interrupt_while_waiting_leaves_the_run_going_and_it_can_be_waited_for_again(tmp_path):
+    import _thread
+    run = slowly(make(tmp_path, max_steps=8)).start()
+    threading.Timer(.3, _thread.interrupt_main).start()
+    with pytest.raises(KeyboardInterrupt): run.wait()
+    assert run.thread.is_alive() and run.wait(.01) is run and not of(run.events, "done")
+    with pytest.raises(TrainingError, match="going already"): run.start()
+    assert run.wait().events[-1]["event"] == "done" and run.error is None
+    run.wait().start().wait()                                    # the moment it has ended it can go on
+
+
+def test_waiting_covers_the_last_card(tmp_path):
+    import asyncio
+    from rwkv_peft.notebook.worker import Worker
+    class Slow:
+        drawn = 0
+        def take(self, event): pass
+        def end(self, error, blind): time.sleep(.3); self.drawn += 1
+    for how in ("wait", "await"):
+        run, view = make(tmp_path, name=how, max_steps=1), Slow()
+        run.thread = Worker(run, view)
+        run.thread.start()
+        async def wait(): return await run
+        if how == "wait": run.wait()
+        else: asyncio.run(wait())
+        assert view.drawn == 1 and run.events[-1]["event"] == "done"
+
+
 # --- faults -------------------------------------------------------------------------------------------------------------------
 
 def test_a_broken_row_is_named_and_not_learnt(tmp_path):
@@ -313,10 +352,10 @@ def test_a_rate_that_explodes_is_blamed_on_the_rate(tmp_path):
     assert all(torch.equal(tensors[n], p) for n, p in tiny().named_parameters())
 
 
-@pytest.mark.parametrize("fault", ["save_file", "torch_save"])
+@pytest.mark.parametrize("fault", ["write_safetensors", "torch_save"])
 def test_disk_full_leaves_the_older_checkpoint(tmp_path, monkeypatch, fault):
     run = make(tmp_path, max_steps=8)
-    seen, real_file, real_torch = [], folder_module.save_file, torch.save
+    seen = []
     def full_file(tensors, path, *rest):
         Path(path).write_bytes(b"half")
         raise OSError(28, "No space left on device")
@@ -327,7 +366,7 @@ def test_disk_full_leaves_the_older_checkpoint(tmp_path, monkeypatch, fault):
         for e in run.steps():
             seen.append(e)
             if e["event"] == "saved" and e["step"] == 2:
-                if fault == "save_file": monkeypatch.setattr(folder_module, "save_file", full_file)
+                if fault == "write_safetensors": monkeypatch.setattr(folder_module, "write_safetensors", full_file)
                 else: monkeypatch.setattr(folder_module.torch, "save", full_torch)
     assert seen[-1]["event"] == "error" and "step-4" in str(caught.value) and "make room" in str(caught.value) and "\n" not in str(caught.value)
     monkeypatch.undo()
@@ -392,8 +431,17 @@ def test_a_model_with_adapters_is_refused(tmp_path):
     list(run.steps())
     for peft in ("lora", "none"):
         with pytest.raises(ConfigError, match=r"model: .*merge\(model\).*detach\(model\)"): make(tmp_path, name="b", model=run.model, peft=peft, r=None).plan()
+    with pytest.raises(ConfigError, match=r"model: .*merge\(model\).*detach\(model\)"): Run.resume(make_and_stop(tmp_path, "d"), model=run.model).plan()
     detach(run.model)
     make(tmp_path, name="c", model=run.model).plan()
+
+
+def make_and_stop(tmp_path, name):
+    "The folder of a run that was stopped after a step."
+    run = make(tmp_path, name=name, max_steps=5)
+    for e in run.steps():
+        if e["event"] == "step": run.stop()
+    return run.folder
 
 
 def test_rows_are_checked_before_the_model_is_loaded(tmp_path, monkeypatch):

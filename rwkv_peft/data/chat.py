@@ -58,7 +58,9 @@ def _checked(segments, where: str) -> list[tuple[str, float]]:
 
 def segments_of(row: Row, template: Callable, where: str = "row") -> list[tuple[str, float]]:
     "The (text, weight) segments of a row: its template's, times the row's own weight."
-    if row.shape == "text": segments = [(row.content, 1.0)]
-    elif row.shape == "messages": segments = template(row.content)
-    else: segments = template([{"role": r, "content": c, "weight": 1.0} for r, c in zip(("user", "assistant"), row.content)])
-    return [(text, trained * row.weight) for text, trained in _checked(segments, where)]
+    if row.shape == "text": return [(row.content, row.weight)]
+    pair = lambda: [{"role": r, "content": c, "weight": 1.0} for r, c in zip(("user", "assistant"), row.content)]
+    try: segments = _checked(template(row.content if row.shape == "messages" else pair()), where)
+    except DataError: raise
+    except Exception as e: raise DataError(f"{where}: the template stopped with {type(e).__name__}: {e}; mend the function, it is given a list of messages") from e
+    return [(text, trained * row.weight) for text, trained in segments]

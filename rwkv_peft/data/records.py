@@ -15,8 +15,9 @@ from typing import Any, Callable, Iterator, Mapping, Sequence
 import json
 import math
 import os
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 import torch
+from ..model.files import write_safetensors
 from .chat import segments_of, template_for
 from .masks import Example, check_mask, encode_segments, mask_segments
 from .rows import DataError, Row, read_rows
@@ -284,7 +285,7 @@ def save_encoded(data: Dataset, folder: str | Path) -> None:
                "sizes": torch.tensor([len(e.tokens) for e in data], dtype=torch.int64), "rows": torch.tensor([e.row for e in data], dtype=torch.int64)}
     text = "".join(json.dumps({"row": e.row, "segments": [list(s) for s in e.segments]}, ensure_ascii=False) + "\n" for e in data)
     about = {"tokenizer": getattr(data.tokenizer, "name", None), "fingerprint": data.fingerprint(), "facts": data.facts}
-    _put(folder / "examples.safetensors", lambda p: save_file(tensors, p))
+    _put(folder / "examples.safetensors", lambda p: write_safetensors(tensors, p))
     _put(folder / "rendered.jsonl", lambda p: p.write_text(text, encoding="utf-8"))
     _put(folder / "dataset.json", lambda p: p.write_text(json.dumps(about, ensure_ascii=False, indent=1), encoding="utf-8"))
 

@@ -39,7 +39,7 @@ def shape_of(row: Mapping, fields: Mapping[str, str], where: str) -> str:
     has = ", ".join(map(repr, row)) or "no keys"
     if found: raise DataError(f"{where} has {has}, which are {len(found)} shapes at once; say which is meant, as in fields={{{KEYS[found[0]][0]!r}: {known[found[0]][0]!r}}}")
     wanted = " or ".join("+".join(map(repr, keys)) for keys in known.values())
-    raise DataError(f"{where} has {has} but not {wanted}; {ACCEPTED}, and fields={{...}} renames keys")
+    raise DataError(f"{where} has {has} but not {wanted}; {ACCEPTED}, and read_data(..., fields={{...}}) takes keys of other names")
 
 # %% ../../nbs/data/10_rows.ipynb #03fc2d47
 def _text(value: Any, what: str, empty: bool = False) -> str:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['bare', 'kind', 'config_of', 'blank', 'layout', 'read', 'check', 'bundled', 'locate', 'download', 'fastest_dtype',
-           'load', 'official', 'save', 'fingerprint']
+           'load', 'base_tensors', 'official', 'save', 'fingerprint']
 
 # %% ../../nbs/model/60_checkpoint.ipynb #53a93088
 import hashlib
@@ -161,28 +161,34 @@ def fastest_dtype(device: str | torch.device) -> torch.dtype:
 def load(path_or_name: str | os.PathLike, device=None, dtype: torch.dtype | None = None, quant: str | None = None) -> RWKV:
     """An RWKV-7 from a path, a bundled name or `hf://owner/repo/file`; every parameter trainable. `device` None: a GPU if there is one.
 
-    `dtype` None: `fastest_dtype`, printed. `time_state`s in the file become tuned states. A CheckpointError says in one sentence why a file can't be used."""
+    `dtype` None: `fastest_dtype`, printed. `time_state`s in the file become tuned states, at least fp32. A CheckpointError says in one sentence why a file can't be used."""
     if quant not in (None, "none"): raise ValueError(f"quant={quant!r} is not built in yet: leave it out")
     device, chosen = device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype
     tensors = read(path_or_name)
     dtype, model = dtype or fastest_dtype(device), blank(config_of(tensors))
     for name, tensor in tensors.items():
         if name.endswith(".time_state"): model.get_submodule(name.removesuffix(".time_state")).time_state = nn.Parameter(torch.empty_like(tensor, device="meta"))
-    values = {name: tensors[name].reshape(p.shape).to(device, dtype, copy=True) for name, p in model.state_dict().items()}
+    type_of = lambda name: torch.promote_types(dtype, torch.float32) if name.endswith(".time_state") else dtype
+    values = {name: tensors[name].reshape(p.shape).to(device, type_of(name), copy=True) for name, p in model.state_dict().items()}
     model.load_state_dict(values, strict=True, assign=True)
     model.source = os.fspath(path_or_name)
     model.origin = {name: x.clone() if name in _UNUSED else x.to("meta") for name, x in tensors.items()}
     if chosen is None: print(f"{Path(model.source).name}: {sum(p.numel() for p in model.parameters()):,} parameters as {str(dtype).split('.')[1]} on {device}")
     return model
 
+# %% ../../nbs/model/60_checkpoint.ipynb #ecb56053
+def base_tensors(model: RWKV) -> dict[str, Tensor]:
+    "The base weights and tuned states as the model holds them, under official names; layer 0's unused ones as in the file. Nothing is copied."
+    own = {name: tensor for name, tensor in model.state_dict().items() if ".adapter." not in name}
+    own |= {f"{name}.weight": part.dense().detach() for name, part in model.named_modules() if isinstance(part, Linear)}
+    return own | {name: model.origin[name] for name in _UNUSED if name in model.origin}
+
 # %% ../../nbs/model/60_checkpoint.ipynb #214bbd37
 def official(model: RWKV, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """The model under official names, in the order, shapes and types of the file that it came from (`dtype` for all of them, if given; a new model keeps its own).
 
     Base weights only: adapters are left out, tuned `time_state`s are in. Tensors may share memory with the model."""
-    own = {name: tensor for name, tensor in model.state_dict().items() if ".adapter." not in name}
-    own |= {f"{name}.weight": part.dense().detach() for name, part in model.named_modules() if isinstance(part, Linear)}
-    own |= {name: model.origin[name] for name in _UNUSED if name in model.origin}
+    own = base_tensors(model)
     order = list(model.origin) + [name for name in own if name not in model.origin]
     if set(order) != set(model.origin): order = sorted(order, key=_place(model))
     like = lambda name: model.origin.get(name, own[name])
@@ -208,7 +214,8 @@ def save(model: RWKV, path: str | os.PathLike, dtype: torch.dtype | None = None)
 # %% ../../nbs/model/60_checkpoint.ipynb #64750a7f
 def fingerprint(model_or_tensors: RWKV | dict[str, Tensor]) -> str:
     "SHA-256 (hex) of the base weights' names, shapes, and up to 16 rows of each as bfloat16; tuned states, adapters and unused tensors don't count."
-    tensors = official(model_or_tensors) if isinstance(model_or_tensors, nn.Module) else model_or_tensors
+    model = model_or_tensors if isinstance(model_or_tensors, nn.Module) else None
+    tensors, stored = (base_tensors(model), model.origin) if model else (model_or_tensors, {})
     digest = hashlib.sha256()
     for name in sorted(tensors):
         if name in _UNUSED or name.endswith(".time_state"): continue
@@ -216,5 +223,6 @@ def fingerprint(model_or_tensors: RWKV | dict[str, Tensor]) -> str:
         digest.update(f"{name}{list(rows.shape)}".encode())
         rows = rows.reshape(-1, rows.shape[-1] if rows.dim() else 1)
         picked = rows[torch.linspace(0, len(rows) - 1, min(16, len(rows)), dtype=torch.float64).round().long().to(rows.device)]
-        digest.update(picked.to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
+        picked = picked.to("cpu", stored.get(name, picked).dtype).bfloat16()
+        digest.update(picked.contiguous().view(torch.int16).numpy().tobytes())
     return digest.hexdigest()

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['FLAGS', 'usage_error', 'Options', 'read_line', 'Setting', 'parse_body', 'evaluate', 'located', 'is_ours', 'as_code',
-           'help_text', 'complete', 'matcher', 'view_for', 'alive', 'variable', 'refuse_taken', 'launch',
-           'refuse_second', 'complaints', 'Finetune', 'show_plan', 'load_ipython_extension']
+           'help_text', 'complete', 'matcher', 'view_for', 'alive', 'variable', 'refuse_taken', 'past', 'WithReport',
+           'launch', 'refuse_second', 'complaints', 'Finetune', 'show_plan', 'load_ipython_extension']
 
 # %% ../../nbs/notebook/20_magic.ipynb #a0750a74
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Callable, Mapping, NamedTuple
 import ast
 import builtins
@@ -16,7 +17,7 @@ import keyword
 import re
 import shlex
 import threading
-from ..look.report import plan_card
+from ..look.report import Progress, plan_card, progress_of, write_report
 from .card import LiveCard, TextCard
 from .worker import Worker, wait
 from ..train.config import ConfigError, nearest, settings_table
@@ -178,10 +179,34 @@ def refuse_taken(name: str, namespace: Mapping):
     if word in namespace and not hasattr(namespace[word], "steps"):
         raise usage_error(f"%%rwkv_finetune {name}: the variable {word} holds a {type(namespace[word]).__name__} already, and the run would replace it; give the run another name")
 
+# %% ../../nbs/notebook/20_magic.ipynb #77ce3073
+def past(run: Any) -> Progress:
+    "What a resumed run's earlier sessions come to; nothing for a new one."
+    from rwkv_peft.train.folder import checkpoints
+    events = getattr(run, "events", [])
+    return progress_of([*events, {"event": "resumed", "step": max(checkpoints(run.folder), default=0)}]) if events else Progress()
+
+# %% ../../nbs/notebook/20_magic.ipynb #3e773933
+class WithReport:
+    "A view for `Worker` that hands everything to `view`, and writes report.html into the run's folder before the last card."
+
+    def __init__(self, view: Any): self.view, self.folder = view, None
+
+    def take(self, event: Mapping):
+        if event.get("event") == "start": self.folder = event["folder"]
+        self.view.take(event)
+
+    def end(self, error: BaseException | None = None, blind: BaseException | None = None):
+        try:
+            if self.folder: write_report(self.folder)
+        except Exception as e: self.view.progress = replace(self.view.progress, notes=(*self.view.progress.notes, f"report.html was not written: {e}"))
+        self.view.end(error, blind)
+
 # %% ../../nbs/notebook/20_magic.ipynb #235a910e
 def launch(run: Any, view: Any, name: str, background: bool = False) -> Worker:
-    "Train `run` in a worker thread that draws on `view`; return at once, or wait with ■ as a graceful stop. Re-raises the run's own error."
-    worker = run.thread = Worker(run, view, name)
+    "Train `run` in a worker thread that draws on `view` and writes its report; return at once, or wait with ■ as a graceful stop. Re-raises the run's own error."
+    view.progress = past(run)
+    worker = run.thread = Worker(run, WithReport(view), name)
     worker.start()
     if background: return worker
     try: wait(worker, run.stop, view.between)
@@ -231,9 +256,16 @@ class Finetune:
         from rwkv_peft.train.loop import finetune
         said = {"name": options.name or None, "resume": "resume" in options.flags or None}
         values = evaluate(settings, self.shell.user_ns)
+        if said["resume"] and "model" not in values: values |= self.held(options.name)
         for key in (key for key, value in said.items() if value is not None and key in values):
             raise ConfigError(f"{key}: is said twice, on the first line and in the body; keep one")
         return finetune(**values, **{key: value for key, value in said.items() if value is not None})
+
+    def held(self, name: str) -> dict:
+        "`{'model': object}` if the run of this name is still a variable here and trained an object, which no file could give back."
+        config = getattr(self.shell.user_ns.get(variable(name)), "config", None)
+        model = getattr(config, "model", None)
+        return {} if model is None or isinstance(model, str) else {"model": model}
 
 # %% ../../nbs/notebook/20_magic.ipynb #afa9ff3a
 def show_plan(name: str, plan: Mapping):

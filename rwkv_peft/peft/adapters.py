@@ -24,7 +24,7 @@ from ..model.checkpoint import fingerprint, read
 from ..model.files import CheckpointError, read_tensors, write_tensors
 from ..model.linear import Linear
 from ..model.state import fits, load_state, save_state
-from .lora import LoRA, LoRAAdapter, find_linears, linears
+from .lora import LoRA, LoRAAdapter, MethodError, find_linears, linears
 from .parts import Train
 from .state_tuning import StateTuning
 
@@ -51,7 +51,7 @@ def is_weight(name: str) -> bool:
 # %% ../../nbs/peft/80_adapters.ipynb #3402be9c
 def _start(model: nn.Module, methods: tuple, place: Callable[[], None]) -> nn.Module:
     "Freezes `model`, calls `place` to put trained tensors on it, and keeps the record; takes all back if `place` fails."
-    if getattr(model, "attached", None): raise ValueError("the model has methods attached already: detach(model) or merge(model) first")
+    if getattr(model, "attached", None): raise MethodError("the model has methods attached already: detach(model) or merge(model) first")
     record = Attached(methods, fingerprint(model), set(trained_parameters(model)), {n: p for n, p in model.named_parameters() if n.endswith(".time_state")})
     model.attached = record
     model.requires_grad_(False)
@@ -75,34 +75,34 @@ def _strip(model: nn.Module) -> None:
 def attach(model: nn.Module, *methods, targets: str | list[str] | None = None) -> nn.Module:
     """Puts `methods` on `model` and freezes every parameter that none of them trains. Returns the model.
 
-    `targets` names matrices, or parts of their names such as "att.key"; None is all in att and ffn. A ValueError leaves the model as it was."""
-    if not methods: raise ValueError("attach needs a method, such as attach(model, LoRA())")
+    `targets` names matrices, or parts of their names such as "att.key"; None is all in att and ffn. A MethodError leaves the model as it was."""
+    if not methods: raise MethodError("attach needs a method, such as attach(model, LoRA())")
     for m in methods:
-        if isinstance(m, type): raise ValueError(f"attach: write {m.__name__}(), with brackets, to make the method from its name")
-        if not callable(getattr(m, "attach", None)): raise ValueError(f"attach: {m!r} is no method; use LoRA(), StateTuning() or Train('ln')")
+        if isinstance(m, type): raise MethodError(f"attach: write {m.__name__}(), with brackets, to make the method from its name")
+        if not callable(getattr(m, "attach", None)): raise MethodError(f"attach: {m!r} is no method; use LoRA(), StateTuning() or Train('ln')")
     def place():
         for m in methods: m.attach(model, targets)
         if targets is not None and not any(m.adapter is not None for m in find_linears(model, targets).values()):
-            raise ValueError("targets names matrices for an adapter, and none of the methods makes one: leave it out or add LoRA()")
+            raise MethodError("targets names matrices for an adapter, and none of the methods makes one: leave it out or add LoRA()")
     return _start(model, methods, place)
 
 # %% ../../nbs/peft/80_adapters.ipynb #9e332acb
 @torch.no_grad()
 def detach(model: nn.Module) -> nn.Module:
-    "Takes all methods off and returns the model as it was before `attach`, bit for bit. ValueError if trained base weights can't be read again."
+    "Takes all methods off and returns the model as it was before `attach`, bit for bit. MethodError if trained base weights can't be read again."
     record = _attached(model, "detach")
     if record.weights:
         lost = f"detach: {record.weights[0]} was trained itself"
-        if not getattr(model, "source", None): raise ValueError(f"{lost} and this model came from no file: load or build it again")
+        if not getattr(model, "source", None): raise MethodError(f"{lost} and this model came from no file: load or build it again")
         tensors = read(model.source)
-        if fingerprint(tensors) != record.base: raise ValueError(f"{lost} and {model.source} is not the base it started from: load that again")
+        if fingerprint(tensors) != record.base: raise MethodError(f"{lost} and {model.source} is not the base it started from: load that again")
         for name in record.weights: model.get_parameter(name).copy_(tensors[name].view_as(model.get_parameter(name)))
     _strip(model)
     return model
 
 def _attached(model: nn.Module, verb: str) -> Attached:
-    "The model's record, or a ValueError for `verb`."
-    if not getattr(model, "attached", None): raise ValueError(f"{verb}: nothing is attached to this model; attach(model, LoRA()) comes first")
+    "The model's record, or a MethodError for `verb`."
+    if not getattr(model, "attached", None): raise MethodError(f"{verb}: nothing is attached to this model; attach(model, LoRA()) comes first")
     return model.attached
 
 # %% ../../nbs/peft/80_adapters.ipynb #86252ad0

@@ -11,6 +11,7 @@ from difflib import get_close_matches
 import re
 import torch
 from torch import nn
+from .lora import MethodError
 
 # %% ../../nbs/peft/60_parts.ipynb #a2895048
 GROUPS = {
@@ -22,14 +23,14 @@ GROUPS = {
 }
 
 def find_parts(model: nn.Module, parts: str | list[str]) -> list[str]:
-    "Names of the base tensors in `parts`: words of `GROUPS`, or regular expressions searched in the names. ValueError for one that fits none."
+    "Names of the base tensors in `parts`: words of `GROUPS`, or regular expressions searched in the names. MethodError for one that fits none."
     names = [n for n, _ in model.named_parameters() if ".adapter." not in n and not n.endswith(".time_state")]
     found = set()
     for part in [parts] if isinstance(parts, str) else parts:
         try: fits = [n for n in names if (re.fullmatch(GROUPS[part], n) if part in GROUPS else re.search(part, n))]
-        except re.error as e: raise ValueError(f"train_parts: {part!r} is neither a word ({', '.join(GROUPS)}) nor a regular expression ({e})") from None
+        except re.error as e: raise MethodError(f"train_parts: {part!r} is neither a word ({', '.join(GROUPS)}) nor a regular expression ({e})") from None
         near = get_close_matches(part, [*GROUPS, *names], 1, 0.3) or ["ln"]
-        if not fits: raise ValueError(f"train_parts: {part!r} fits no tensor of this model; the nearest name is {near[0]!r}, the words are {', '.join(GROUPS)}")
+        if not fits: raise MethodError(f"train_parts: {part!r} fits no tensor of this model; the nearest name is {near[0]!r}, the words are {', '.join(GROUPS)}")
         found.update(fits)
     return [n for n in names if n in found]
 
@@ -42,15 +43,15 @@ class Train:
     def __post_init__(self):
         given = [self.parts] if isinstance(self.parts, str) else self.parts
         if not isinstance(given, (list, tuple)) or not given or not all(isinstance(part, str) and part for part in given):
-            raise ValueError(f"Train: parts={self.parts!r} must be a word ({', '.join(GROUPS)}), a regular expression, or a list of them")
+            raise MethodError(f"Train: parts={self.parts!r} must be a word ({', '.join(GROUPS)}), a regular expression, or a list of them")
 
     def names(self, model: nn.Module) -> list[str]:
         "What would be trained, in the model's order; nothing is changed."
         return find_parts(model, self.parts)
 
     def attach(self, model: nn.Module, targets: list[str] | None = None) -> None:
-        "Lets the named tensors train. ValueError unless they are at least fp32. `targets` is for methods over matrices and not used."
+        "Lets the named tensors train. MethodError unless they are at least fp32. `targets` is for methods over matrices and not used."
         chosen = {n: model.get_parameter(n) for n in self.names(model)}
         for n, p in chosen.items():
-            if p.dtype not in (torch.float32, torch.float64): raise ValueError(f"{n} is {str(p.dtype)[6:]}, too coarse to be trained itself: load the model with dtype=torch.float32")
+            if p.dtype not in (torch.float32, torch.float64): raise MethodError(f"{n} is {str(p.dtype)[6:]}, too coarse to be trained itself: load the model with dtype=torch.float32")
         for p in chosen.values(): p.requires_grad_(True)

@@ -11,26 +11,28 @@ import os
 import torch
 from torch import Tensor, nn
 from ..model.state import State, fits, load_state
+from .lora import MethodError
 
 # %% ../../nbs/peft/50_state_tuning.ipynb #390be004
 def start_states(model: nn.Module, init: str | os.PathLike | dict[str, Tensor] | State = "zeros") -> dict[str, Tensor]:
     """`blocks.{i}.att.time_state` -> (H, N, N) [value, key], fp32 (fp64 in a float64 model), new tensors on the model's device.
 
-    init: "zeros", "keep" (the model's own), a path of an official state file, its tensors, or a `State` of one row. ValueError says what doesn't fit."""
+    init: "zeros", "keep" (the model's own), a path of an official state file, its tensors, or a `State` of one row. MethodError says what doesn't fit."""
     config, atts = model.config, {f"blocks.{i}.att.time_state": block.att for i, block in enumerate(model.blocks)}
     H, N, held = config.n_embd // config.head_size, config.head_size, {n: att.time_state for n, att in atts.items() if att.time_state is not None}
     if isinstance(init, str) and init == "zeros":
-        if held: raise ValueError('this model has a time_state, which zeros would wipe out: train on with StateTuning(init="keep") or load the model without it')
+        if held: raise MethodError('this model has a time_state, which zeros would wipe out: train on with StateTuning(init="keep") or load the model without it')
         states = dict.fromkeys(atts, torch.zeros(H, N, N))
     elif isinstance(init, str) and init == "keep":
-        if not held: raise ValueError('StateTuning(init="keep"): this model has no time_state to keep; leave init out to start from zeros')
+        if not held: raise MethodError('StateTuning(init="keep"): this model has no time_state to keep; leave init out to start from zeros')
         states = held
     elif isinstance(init, State):
-        if init.wkv.shape[1] != 1: raise ValueError(f"StateTuning: the State has {init.wkv.shape[1]} rows and one is needed: choose one by state.row(i)")
+        if init.wkv.shape[1] != 1: raise MethodError(f"StateTuning: the State has {init.wkv.shape[1]} rows and one is needed: choose one by state.row(i)")
         states = {f"blocks.{i}.att.time_state": x for i, x in enumerate(init.wkv[:, 0])}
-    else: states = dict(init) if isinstance(init, dict) else load_state(init)
+    elif isinstance(init, (str, os.PathLike, dict)): states = dict(init) if isinstance(init, dict) else load_state(init)
+    else: raise MethodError(f'StateTuning: init={init!r} must be "zeros", "keep", a state file, its tensors, or a State')
     fits(states, config, "StateTuning: the state" if isinstance(init, (dict, State)) else init)
-    if set(states) != set(atts): raise ValueError(f"StateTuning: {min(set(states) - set(atts))!r} is no name of a state; they are blocks.0.att.time_state and so on, one a layer")
+    if set(states) != set(atts): raise MethodError(f"StateTuning: {min(set(states) - set(atts))!r} is no name of a state; they are blocks.0.att.time_state and so on, one a layer")
     return {name: states[name].detach().to(att.r_k.device, torch.promote_types(att.r_k.dtype, torch.float32), copy=True) for name, att in atts.items()}
 
 # %% ../../nbs/peft/50_state_tuning.ipynb #3a2aa979

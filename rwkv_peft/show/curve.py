@@ -9,7 +9,7 @@ __all__ = ['COLOURS', 'decimate', 'ticks', 'describe', 'curve', 'curve_png', 'sp
 import io
 import math
 from typing import Mapping, Sequence
-from .html import Html, tag
+from .html import AS_TEXT, Html, tag
 
 # %% ../../nbs/show/20_curve.ipynb #16957621
 def decimate(xs: Sequence[float], ys: Sequence[float], points: int = 300) -> tuple[list[float], list[float]]:
@@ -73,6 +73,19 @@ def describe(series: Mapping, x: str = "step", y: str = "loss") -> str:
         said.append(words + (f", {bad} not finite" if bad else ""))
     return f"{y} over {x}: " + ("; ".join(said) or "no points yet")
 
+# %% ../../nbs/show/20_curve.ipynb #8cdb9c5d
+def _width(text: str) -> float: return sum(11 if ord(c) > 0x2e7f else 6.5 for c in text)      # Chinese letters are square
+
+def _shelve(names: Sequence[str], room: float) -> list[tuple[int, float, str]]:
+    "(row, pixels from the left, name) of each entry in a legend `room` pixels wide: 22 of line, 5 of gap, the name, 18 to the next. A name too long for a row is cut."
+    found, row, at = [], 0, 0.0
+    for name in map(str, names):
+        while len(name) > 1 and 27 + _width(name) > room: name = name[:-2] + "…"
+        if at and at + 27 + _width(name) > room: row, at = row + 1, 0.0
+        found.append((row, at, name))
+        at += 45 + _width(name)
+    return found
+
 # %% ../../nbs/show/20_curve.ipynb #589e255d
 def _axes(box, xr, yr, to_x, to_y, x: str, y: str) -> list[Html]:
     left, top, right, bottom = box
@@ -82,7 +95,8 @@ def _axes(box, xr, yr, to_x, to_y, x: str, y: str) -> list[Html]:
     for v in ticks(*yr, 4):
         out += [tag("line", x1=left, x2=right, y1=f"{to_y(v):.1f}", y2=f"{to_y(v):.1f}", **faint), text(f"{v:.4g}", left - 5, to_y(v) + 4, "end")]
     for v in ticks(*xr, 6):
-        out.append(text(f"{v:,.10g}" if abs(v) < 1e6 else f"{v:.3g}", to_x(v), bottom + 14, "middle"))
+        said = f"{v:,.10g}" if abs(v) < 1e6 else f"{v:.3g}"
+        out.append(text(said, min(to_x(v), right + 12 - _width(said) / 2), bottom + 14, "middle"))
     return out + [text(x, right, bottom + 28, "end"), text(y, left, top - 6, "start")]
 
 def _line(run, to_x, to_y, colour: str, dash: str | None) -> Html:
@@ -91,21 +105,23 @@ def _line(run, to_x, to_y, colour: str, dash: str | None) -> Html:
     path = " ".join(f"{a:.1f},{b:.1f}" for a, b in points)
     return tag("polyline", points=path, fill="none", stroke=colour, stroke_width="1.6", stroke_dasharray=dash)
 
-def _legend(names: Sequence[str], left: float, y: float) -> list[Html]:
+def _legend(places, left: float, y: float) -> list[Html]:
     out = []
-    for i, name in enumerate(names):
-        colour, dash = COLOURS[i % len(COLOURS)], _DASHES[i % len(_DASHES)]
-        out.append(tag("line", x1=left, x2=left + 22, y1=y - 4, y2=y - 4, stroke=colour, stroke_width="2", stroke_dasharray=dash))
-        out.append(tag("text", name, x=left + 27, y=y, fill="currentColor", font_size="11"))
-        left += 45 + 6.5 * len(str(name))
+    for i, (row, at, name) in enumerate(places):
+        colour, dash, x, base = COLOURS[i % len(COLOURS)], _DASHES[i % len(_DASHES)], left + at, y + 15 * row
+        out.append(tag("line", x1=x, x2=x + 22, y1=base - 4, y2=base - 4, stroke=colour, stroke_width="2", stroke_dasharray=dash))
+        out.append(tag("text", name, x=x + 27, y=base, fill="currentColor", font_size="11"))
     return out
 
 # %% ../../nbs/show/20_curve.ipynb #c28b57fb
 def curve(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], x: str = "step", y: str = "loss", title: str | None = None, width: int = 640, height: int = 240) -> Html:
     """Inline SVG of `series` {name: (xs, ys)}: at most 300 points each, gaps where y isn't finite, axes, legend, alt text.
-    `title` replaces the sentence of `describe` as alt text."""
-    drawn = _finite(series)
-    left, top, right, bottom = box = (52, 24, width - 12, height - 34)
+    `title` replaces the sentence of `describe` as alt text. Each further row of the legend makes it 15 pixels higher than `height`."""
+    drawn, beside = _finite(series), 52 + max(80, _width(y) + 16)
+    names = _shelve(list(drawn), width - 12 - beside)
+    more = 15 * max((row for row, _, _ in names), default=0)
+    height += more
+    left, top, right, bottom = box = (52, 24 + more, width - 12, height - 34)
     xr = _range([v for xs, _ in drawn.values() for v in xs], 0)
     yr = _range([v for _, ys in drawn.values() for v in ys if math.isfinite(v)], .05)
     to_x = lambda v: left + (v - xr[0]) / (xr[1] - xr[0]) * (right - left)
@@ -113,26 +129,29 @@ def curve(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], x: str 
     runs = [(i, run) for i, (xs, ys) in enumerate(drawn.values()) for run in _pieces(xs, ys)]
     parts = _axes(box, xr, yr, to_x, to_y, x, y) if runs else [tag("text", "no points yet", x=width / 2, y=height / 2, text_anchor="middle", fill="currentColor", font_size="13")]
     parts += [_line(run, to_x, to_y, COLOURS[i % len(COLOURS)], _DASHES[i % len(_DASHES)]) for i, run in runs]
-    parts += _legend(list(drawn), left + 80, top - 6)
+    parts += _legend(names, beside, 18)
     words = title or describe(series, x, y)
     return tag("svg", tag("title", words), *parts, role="img", aria_label=words, viewBox=f"0 0 {width} {height}",
-               width=width, height=height, style="max-width:100%;height:auto;background:transparent;color:inherit;font-family:sans-serif")
+               width=width, height=height, style="max-width:100%;height:auto;background:transparent;color:inherit;font-family:sans-serif", class_=AS_TEXT)
 
 # %% ../../nbs/show/20_curve.ipynb #e5f1953c
 def curve_png(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], x: str = "step", y: str = "loss", title: str | None = None, size: tuple[float, float] = (6.4, 2.4), dpi: int = 100) -> bytes:
-    "The same curve as PNG bytes on white, drawn by matplotlib without pyplot. `size` in inches."
+    "The same curve as PNG bytes on white, drawn by matplotlib without pyplot. `size` in inches; each further row of the legend adds 0.17 to its height."
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    figure = Figure(figsize=size, dpi=dpi, layout="constrained")
+    room = 100 * size[0] - 40
+    names = [name.replace("$", r"\$") for _, _, name in _shelve(list(series), room)]
+    columns = max(1, int(room // max((45 + _width(name) for name in names), default=room)))
+    figure = Figure(figsize=(size[0], size[1] + .17 * ((len(names) - 1) // columns)), dpi=dpi, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot(xlabel=x, ylabel=y, title=title or "")
-    for i, (name, (xs, ys)) in enumerate(_finite(series).items()):
+    for i, (xs, ys) in enumerate(_finite(series).values()):
         ys = [v if math.isfinite(v) else math.nan for v in ys]
         style = (0, tuple(map(float, _DASHES[i % 5].split()))) if _DASHES[i % 5] else "-"
-        axes.plot(xs, ys, color=COLOURS[i % 5], linestyle=style, label=str(name).replace("$", r"\$"))
+        axes.plot(xs, ys, color=COLOURS[i % 5], linestyle=style, label=names[i])
         alone = [run[0] for run in _pieces(xs, ys) if len(run) == 1]
         axes.plot([a for a, _ in alone], [b for _, b in alone], ".", color=COLOURS[i % 5])
-    if series: axes.legend(frameon=False, loc="upper right")
+    if names: figure.legend(frameon=False, loc="outside upper right", ncols=columns, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from ..data.records import Dataset, load_encoded, save_encoded
+from ..model.files import write_safetensors
 from .config import Config, ConfigError, read_toml, recorded
 
 # %% auto #0
@@ -89,7 +90,7 @@ def save_checkpoint(folder: str | Path, step: int, tensors: dict[str, Tensor], t
     "Writes checkpoints/step-N under a run's folder: `tensors` by name, and `training`, plain containers of tensors, numbers and texts. OSError when it can't."
     def fill(draft: Path):
         draft.mkdir()
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, draft / "trained.safetensors")
+        write_safetensors({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, draft / "trained.safetensors")
         torch.save({"step": step, **training}, draft / "training.pth")
     return write_whole(Path(folder, "checkpoints", f"step-{step}"), fill)
 

@@ -23,7 +23,7 @@ from ..model.checkpoint import config_of, fastest_dtype, fingerprint, load, read
 from ..model.sample import Sampler, generate
 from ..model.state import save_state
 from ..model.tokenizer import tokenizer_for
-from ..peft.adapters import attach, load_adapter, save_adapter, trained_parameters
+from ..peft.adapters import attach, detach, load_adapter, save_adapter, trained_parameters
 from .config import Config, ConfigError, recorded
 from .evaluate import evaluate, trained_bytes
 from .events import EventLog, event, read_events, timeline
@@ -34,8 +34,8 @@ from .optim import default_lr, lr_at, make_optimizer, methods_of, set_lr
 # %% auto #0
 __all__ = ['TrainingError', 'Feed', 'patient', 'accelerator_on', 'read_rows_of', 'load_base', 'settle', 'take_step',
            'peak_memory', 'not_finite', 'examine', 'speak', 'keep', 'put_back', 'go_on', 'finish', 'save_results',
-           'train', 'halt', 'prepare', 'check_same', 'make_trainable', 'begin', 'find_rate', 'plan_of', 'report_of',
-           'Run', 'events_of', 'last_words', 'finetune']
+           'train', 'halt', 'prepare', 'left_by', 'check_same', 'make_trainable', 'begin', 'find_rate', 'plan_of',
+           'report_of', 'Run', 'events_of', 'last_words', 'finetune']
 
 # %% ../../nbs/train/70_loop.ipynb #d54764fe
 class TrainingError(RuntimeError):
@@ -187,7 +187,7 @@ def examine(run: Run) -> list[dict]:
 # %% ../../nbs/train/70_loop.ipynb #f06dc401
 def speak(run: Run, prompt: str, max_tokens: int = 120) -> dict:
     "One `sample` event, kept in samples.jsonl too: what the model writes after `prompt`, and what it wrote before training (`base`). The same random numbers each time."
-    sampler = Sampler(top_p=.5, presence=0., frequency=0., seed=run.config.seed)
+    sampler = Sampler(top_p=.3, presence=0., frequency=0., seed=run.config.seed)
     text = "".join(generate(run.model, prompt, max_tokens=max_tokens, sampler=sampler))
     base = next((e["text"] for e in run.events if e["event"] == "sample" and e["prompt"] == prompt and e["step"] == 0), text if run.step == 0 else None)
     said = run.say("sample", step=run.step, prompt=prompt, text=text, base=base)
@@ -293,8 +293,10 @@ def prepare(run: Run):
     if resuming: run.data, run.held_out, prints = load_rows(run.folder, tokenizer)
     else: run.data, run.held_out = read_rows_of(config, tokenizer)
     model = load_base(config)
-    run.base = fingerprint(model)
+    left = resuming and left_by(model, run.folder)
+    run.base = model.attached.base if left else fingerprint(model)
     if resuming: check_same(run, prints, tokenizer)
+    if left: detach(model)
     run.tokenizer, run.lengths, run.methods = tokenizer, [len(e.tokens) - 1 for e in run.data], methods_of(config)
     run.device = next(model.parameters()).device
     run.random = OwnRandomness(config.seed, str(run.device))
@@ -304,6 +306,16 @@ def prepare(run: Run):
     run.held_out_bytes = trained_bytes(run.held_out, tokenizer) if run.held_out else 0
     run.model = model.train()
     run.settled = settle(config, len(run.data), default_lr(run.methods))
+
+# %% ../../nbs/train/70_loop.ipynb #95a8c7b4
+def left_by(model: nn.Module, folder: Path) -> bool:
+    "Whether a run in `folder`, not going now, put on `model` what is attached to it."
+    where, record = getattr(model, "trained_in", None) or (None, None)
+    return record is not None and record is getattr(model, "attached", None) and where == folder.resolve()
+
+def _mark(run: Run, going: bool):
+    record = getattr(run.model, "attached", None)
+    if record: run.model.trained_in = None if going else (run.folder.resolve(), record)
 
 # %% ../../nbs/train/70_loop.ipynb #6ca5e30b
 def check_same(run: Run, prints: dict, tokenizer):
@@ -463,34 +475,40 @@ def _work(run: Run):
 
 Run.say, Run.work = _say, _work
 
-# %% ../../nbs/train/70_loop.ipynb #b8058951
+# %% ../../nbs/train/70_loop.ipynb #a6aea05b
+def _over(run: Run) -> threading.Event: return getattr(run.thread, "finished", run.ended)
+
 def _in_background(run: Run) -> Run:
     def walk():
         try:
             for _ in run.steps(): pass
         except BaseException as error: run.error = error
+        finally: run.ended.set()
+    if run.lock.locked() or run.thread and not _over(run).is_set(): raise _going()
     run.error, run.thread = None, threading.Thread(target=walk, daemon=True, name=f"run {run.folder.name}")
     run.ended.clear()
     run.thread.start()
     return run
 
 def _wait(run: Run, seconds: float | None) -> Run:
-    if run.thread: run.thread.join(seconds)
+    until = math.inf if seconds is None else time.monotonic() + seconds
+    while run.thread and not _over(run).is_set() and (left := until - time.monotonic()) > 0: _over(run).wait(min(left, .1))
     if run.error: raise run.error
     return run
 
 async def _ended(run: Run) -> Run:
     if not run.thread and not run.lock.locked(): _in_background(run)
-    while not run.ended.is_set(): await asyncio.sleep(.05)
+    while not _over(run).is_set(): await asyncio.sleep(.05)
     return _wait(run, None)
 
 # %% ../../nbs/train/70_loop.ipynb #816bb7e2
 def events_of(run: Run) -> Iterator[dict]:
     "All events of a session with `run`, from `start` to `done`, `stopped` or `error`; after `error` the exception itself. Leaving the loop early saves."
-    if not run.lock.acquire(blocking=False): raise TrainingError("this run is going already; wait for it, or stop() it first")
+    if not run.lock.acquire(blocking=False): raise _going()
     run.ended.clear()
     run.working, run.error = False, None
     try:
+        _mark(run, going=True)
         yield from begin(run)
         yield from train(run)
     except (GeneratorExit, KeyboardInterrupt):
@@ -502,10 +520,13 @@ def events_of(run: Run) -> Iterator[dict]:
         if run.log: yield last_words(run, run.error)
         raise run.error from error
     finally:
-        run.ended.set()
+        _mark(run, going=False)
         run._stop.clear()
         run.config = run.config if not holds_run(run.folder) else run.config.changed(resume=True, name=run.folder.name)
         run.lock.release()
+        run.ended.set()
+
+def _going() -> TrainingError: return TrainingError("this run is going already; wait for it, or stop() it first")
 
 # %% ../../nbs/train/70_loop.ipynb #379b4b89
 def last_words(run: Run, error: Exception) -> dict:
