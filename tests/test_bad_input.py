@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import pickle
-import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -18,7 +18,7 @@ import torch
 from IPython.core.error import UsageError
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from traitlets.config import Config as Traits
 
 import rwkv_peft
@@ -116,7 +116,10 @@ def command(capsys, *words):
     return (end.value.code, *capsys.readouterr())
 
 
-def pairs(settings): return [f"{name}={value if isinstance(value, (str, int, float)) and not isinstance(value, bool) else json.dumps(value)}" for name, value in settings.items()]
+def pairs(settings):
+    "Settings as words of a shell, values as TOML."
+    def toml(value): return "{" + ", ".join(f"{k} = {toml(v)}" for k, v in value.items()) + "}" if isinstance(value, dict) else json.dumps(value)
+    return [f"{name}={value if isinstance(value, str) else toml(value)}" for name, value in settings.items()]
 
 
 def refused_in_shell(capsys, verb, *words):
@@ -157,7 +160,6 @@ SETTINGS = [  # nothing of the model is touched, not even its file
     ({"seed": 2 ** 70}, ["seed"]),
     ({"output": "small.pth"}, ["output", "small.pth"]),
     ({"output": "small.pth/deeper"}, ["output", "small.pth"]),
-    ({"output": "/proc/nowhere"}, ["output", "/proc"]),
     ({"max_steps": None, "epochs": 1e9, "model": None}, ["model", "missing"]),
     ({"epochs": 1.0}, ["epochs", "max_steps"]),
     ({"adapter": "folder", "peft": "none", "r": None}, ["adapter"]),
@@ -259,8 +261,22 @@ def test_a_shell_refuses_in_one_line(capsys, at_desk, monkeypatch, kind, setting
 @pytest.mark.parametrize("name", NAMES)
 def test_a_name_that_is_no_folders_name(ipython, capsys, at_desk, monkeypatch, name):
     forbid(monkeypatch, "settings")
-    for told in (refused_in_cell(ipython, whole({}), line=f"'{name}'" if "\\" not in name else f"'{name}'"), refused_in_shell(capsys, "tune", *pairs(whole({})), f"name={name}")):
+    for told in (refused_in_cell(ipython, whole({}), line=f"'{name}'"), refused_in_shell(capsys, "tune", *pairs(whole({})), f"name={name}")):
         assert "name: " in told and len(told) < 300
+
+
+def test_a_folder_that_takes_no_files(ipython, capsys, at_desk, monkeypatch):
+    "As the system tells it; a test that runs as root could write everywhere."
+    forbid(monkeypatch, "settings")
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode, **k: Path(path).resolve() != at_desk.resolve() and access(path, mode, **k))
+    for told in (refused_in_cell(ipython, whole({})), refused_in_shell(capsys, "tune", *pairs(whole({})))): assert "output: nothing may be written" in told
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="a folder in which nobody can make one")
+def test_a_folder_that_can_not_be_made(ipython, capsys, at_desk):
+    for told in (refused_in_cell(ipython, whole({"output": "/proc/nowhere"})), refused_in_shell(capsys, "tune", *pairs(whole({"output": "/proc/nowhere"})))):
+        assert "output: '/proc/nowhere" in told and "choose another" in told
 
 
 def test_the_trap_would_have_caught_something(desk):
@@ -318,6 +334,47 @@ def test_objects_in_a_cell(ipython, at_desk, line, said):
     names = dict(RWKV=RWKV, torch=torch, LoRA=rwkv_peft.LoRA, StateTuning=rwkv_peft.StateTuning)
     told = refused_in_cell(ipython, f"{line}\n" + body({k: v for k, v in {"model": "small.pth", "data": "rows.jsonl", "max_steps": 1}.items() if not line.startswith(k)}), **names)
     assert all(piece in told for piece in said), told
+
+
+@pytest.mark.parametrize("text, said", [
+    ("%%rwkv_finetune r=8\nmodel = 'small.pth'", ["'r=8' is a setting", "lines below"]),
+    ("%%rwkv_finetune a b\nmodel = 'small.pth'", ["one name"]),
+    ("%%rwkv_finetune x --dryrun\nmodel = 'small.pth'", ["'--dryrun'", "did you mean '--dry-run'? (the flags are"]),
+    ("%%rwkv_finetune x\nmodel = await small", ["body line 1", "SyntaxError"]),
+    ("%%rwkv_finetune x\nmodel = (yield)", ["body line 1", "SyntaxError"]),
+    ("%%rwkv_finetune x\nmodel = *'ab'", ["body line 1", "SyntaxError"]),
+    ("%%rwkv_finetune x\nmodel = 'small.pth'\n!ls", ["body line 2", "name = value"]),
+    ("%%rwkv_finetune x\nlr-init = 3", ["body line 1", "name = value"]),
+    ("%%rwkv_finetune x\nmodel = '\x00'", ["body line 1", "null"]),
+    ("%%rwkv_finetune x\n    model = 'small.pth'\n    data = []", ["the list has no rows"]),      # indented as a whole is no error, as in any cell
+    ("%%rwkv_finetune x\nmodel = 'small.pth'\n  data = []", ["body line 2", "indent"]),
+    ("%rwkv_finetune x", ["model: is missing"]),
+    ("%rwkv_finetune --resume", ["resume: which run"]),
+])
+def test_cells_that_are_no_settings(ipython, at_desk, monkeypatch, text, said):
+    forbid(monkeypatch, "rows")
+    captured, error = cell(ipython, text)
+    assert type(error) is UsageError and "\n" not in str(error) and all(piece in str(error) for piece in said), error
+
+
+@pytest.mark.parametrize("name, content, said", [
+    ("adapter_config.json", b"", "json"), ("adapter_config.json", b"{}", "None"), ("adapter_config.json", b"[]", "list"), ("adapter_config.json", b"\xff", "json"),
+    ("adapter_config.json", b'{"peft_type": "LORA", "r": "x"}', "r='x'"), ("adapter_config.json", b'{"peft_type": "LORA", "lora_alpha": null}', "lora_alpha=None"),
+    ("adapter_config.json", b'{"peft_type": "LORA", "lora_dropout": "x"}', "lora_dropout='x'"), ("adapter_config.json", None, "only one of"),
+    ("rwkv_peft.json", b'{"base": 5}', "base"), ("rwkv_peft.json", b"[1", "json"), ("adapter_model.safetensors", b"x" * 99, "safetensors"), ("state.pth", b"x", "state.pth"),
+])
+def test_adapter_folders_that_are_not_whole(ipython, capsys, desk, done, tmp_path, name, content, said):
+    shutil.copytree(done / "mine/adapter", tmp_path / "adapter")
+    (tmp_path / "adapter" / name).unlink(missing_ok=True)
+    if content is not None: (tmp_path / "adapter" / name).write_bytes(content)
+    settings = whole({"model": str(desk / "small.pth"), "data": str(desk / "rows.jsonl"), "r": None, "adapter": str(tmp_path / "adapter"), "output": str(tmp_path / "runs")})
+    assert said in refused_in_cell(ipython, settings) and said in refused_in_shell(capsys, "generate", "nowhere.pth", "--prompt", "x", "--adapter", tmp_path / "adapter")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_methods_on_what_is_no_model():
+    for model in ("rwkv7-tiny", None, torch.nn.Linear(2, 2), RWKV):
+        with pytest.raises(rwkv_peft.peft.lora.MethodError, match="a loaded RWKV is needed"): rwkv_peft.attach(model, rwkv_peft.LoRA())
 
 
 # ---------------------------------------------------------------- odd, and good
@@ -394,6 +451,22 @@ def test_resuming_a_finished_run_changes_no_result(ipython, done):
     captured, error = cell(ipython, f"%%rwkv_finetune mine --resume\noutput = {str(done)!r}")
     assert error is None and "done, step 2 of 2" in captured.stdout
     assert results.items() <= contents(done / "mine").items()
+
+
+def test_a_resume_that_lengthens_a_run_is_remembered(ipython, capsys, done, tmp_path):
+    shutil.copytree(done / "mine", tmp_path / "mine")
+    code, out, err = command(capsys, "tune", "name=mine", "resume=true", "max_steps=3", f"output={tmp_path}")
+    assert code == 0 and "done, step 3 of 3" in out, err
+    code, out, err = command(capsys, "tune", "name=mine", "resume=true", f"output={tmp_path}")
+    assert code == 0 and "done, step 3 of 3" in out, out + err
+
+
+def test_an_adapter_to_start_from_says_what_is_trained(ipython, desk, done, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    captured, error = cell(ipython, "%%rwkv_finetune on\n" + body(whole({"model": str(desk / "small.pth"), "data": str(desk / "rows.jsonl"), "adapter": str(done / "mine/adapter"), "r": None, "max_steps": 1})))
+    assert error is None
+    run = ipython.user_ns["on"]
+    assert run.plan()["methods"] == ["LoRA"] and run.methods[0].r == 2 and run.report()["before"]["loss"] == ipython.user_ns["mine"].report()["after"]["loss"]
 
 
 def test_dry_run_and_plan_leave_nothing(ipython, capsys, at_desk):
@@ -563,10 +636,14 @@ def test_generate_refuses_before_the_model_is_read(capsys, at_desk, words, said)
 
 
 def test_generate_takes_an_adapter_and_a_state_together(capsys, desk, done, tmp_path, monkeypatch):
+    torch.manual_seed(0)
     torch.save({f"blocks.{i}.att.time_state": torch.randn(2, 16, 16) * 9 for i in range(2)}, tmp_path / "s.pth")
-    said = [command(capsys, "generate", desk / "small.pth", "--prompt", "1 + 1 =", "--temperature", "0", "--max-tokens", "30", *more)[:2]
-            for more in ([], ["--state", tmp_path / "s.pth"], ["--state", tmp_path / "s.pth", "--adapter", done / "mine/adapter"])]
-    assert [code for code, _ in said] == [0, 0, 0] and said[0] != said[1] and said[0] != said[2]
+    shutil.copytree(done / "mine/adapter", tmp_path / "strong")
+    learnt = load_file(tmp_path / "strong/adapter_model.safetensors")
+    save_file({name: x * 60 if "lora_B" in name else x for name, x in learnt.items()}, tmp_path / "strong/adapter_model.safetensors", {"format": "pt"})
+    state, adapter = ["--state", tmp_path / "s.pth"], ["--adapter", tmp_path / "strong"]
+    said = [command(capsys, "generate", desk / "small.pth", "--prompt", "1 + 1 =", "--temperature", "0", "--max-tokens", "30", *more)[:2] for more in ([], adapter, state + adapter)]
+    assert all(code == 0 for code, _ in said) and len({text for _, text in said}) == 3      # without the adapter a new model's zero output matrices hide the state
 
 
 def test_demo_refuses_before_it_says_anything(capsys, at_desk):

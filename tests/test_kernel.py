@@ -128,6 +128,10 @@ def test_errors_reach_the_cell(kernel):
     assert any("✗ error" in html for html in kernel.bundles("text/html"))
     reply = kernel.run("def broken(*row): raise ZeroDivisionError('a fault of mine')")
     reply = kernel.run("%%rwkv_finetune faulty\n" + SHORT + "template = broken")
+    assert reply["ename"] == "UsageError" and "ZeroDivisionError: a fault of mine" in reply["evalue"] and "\n" not in reply["evalue"]
+    reply = kernel.run("import rwkv_peft.train.loop as loop\nwhole, loop.take_step = loop.take_step, broken")
+    reply = kernel.run("%%rwkv_finetune faultier\n" + SHORT)
+    kernel.run("loop.take_step = whole")
     assert reply["ename"] == "ZeroDivisionError" and len(reply["traceback"]) > 1
     assert kernel.value("[t.name for t in threading.enumerate() if 'rwkv' in t.name]") == "[]"
 

@@ -8,6 +8,7 @@ __all__ = ['CheckpointError', 'read_tensors', 'write_safetensors', 'write_tensor
 # %% ../../nbs/model/25_files.ipynb #b37a7f88
 import os
 import pickle
+import warnings
 import zipfile
 from pathlib import Path
 import torch
@@ -25,7 +26,10 @@ def _read_pth(path: Path) -> dict:
     if start == b"PK\x03\x04" and not zipfile.is_zipfile(path):
         raise CheckpointError(f"{path} is cut short: its end is missing, so copy or download it again")
     if start != b"PK\x03\x04" and start[:1] != b"\x80": raise CheckpointError(f"{path} is no checkpoint: it doesn't begin like a PyTorch file")
-    try: return torch.load(path, map_location="cpu", mmap=start == b"PK\x03\x04", weights_only=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")      # PyTorch's remarks about old pickles; what can't be read is told below
+            return torch.load(path, map_location="cpu", mmap=start == b"PK\x03\x04", weights_only=True)
     except pickle.UnpicklingError:
         raise CheckpointError(f"{path} holds more than tensors; opening it could run code, so it was not opened: "
                               "ask its author for a file of plain tensors or for .safetensors") from None

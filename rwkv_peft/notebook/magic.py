@@ -16,6 +16,7 @@ import builtins
 import keyword
 import re
 import shlex
+from textwrap import dedent
 import threading
 from ..look.report import Progress, plan_card, progress_of, write_report
 from .card import LiveCard, TextCard
@@ -47,7 +48,8 @@ def read_line(line: str) -> Options:
     except ValueError as e: raise usage_error(f"%%rwkv_finetune: {line.strip()!r} has a quote that doesn't close ({e})") from None
     names, flags = [w for w in words if not w.startswith("-")], [w for w in words if w.startswith("-")]
     for flag in flags:
-        if flag not in FLAGS: raise usage_error(f"%%rwkv_finetune: unknown flag {flag!r}{nearest(flag, FLAGS)}; the flags are {' '.join(FLAGS)}")
+        if flag not in FLAGS: raise usage_error(f"%%rwkv_finetune: unknown flag {flag!r}{nearest(flag, FLAGS)} (the flags are {' '.join(FLAGS)})")
+    if len(names) == 1 and "=" in names[0]: raise usage_error(f"%%rwkv_finetune: {names[0]!r} is a setting; settings stand in the lines below, as `name = value`")
     if len(names) > 1: raise usage_error(f"%%rwkv_finetune takes one name, not {len(names)} ({' '.join(names)}); settings stand in the lines below it, as `name = value`")
     return Options("".join(names), frozenset(f[2:] for f in flags))
 
@@ -69,6 +71,7 @@ def _one_setting(node: ast.stmt, body: str) -> Setting:
 # %% ../../nbs/notebook/20_magic.ipynb #13be6433
 def parse_body(body: str, known) -> list[Setting]:
     "The settings of a cell in order, nothing evaluated; `known` are the names allowed. UsageError with line and nearest name."
+    body = dedent(body)                       # as IPython does with any cell
     try: tree = ast.parse(body)
     except (SyntaxError, ValueError) as e:
         said = (getattr(e, "text", None) or "").strip()
@@ -76,7 +79,7 @@ def parse_body(body: str, known) -> list[Setting]:
     seen: dict[str, Setting] = {}
     for setting in (_one_setting(node, body) for node in tree.body):
         name, line = setting.name, setting.line
-        if name not in known: raise usage_error(f"body line {line}: unknown setting {name!r}{nearest(name, known)}; `%%rwkv_finetune --help` lists them all")
+        if name not in known: raise usage_error(f"body line {line}: unknown setting {name!r}{nearest(name, known)} (`%%rwkv_finetune --help` lists them all)")
         if name in seen: raise usage_error(f"body line {line}: {name} was already set on line {seen[name].line}; keep one of them")
         seen[name] = setting
     return list(seen.values())
@@ -86,8 +89,9 @@ def evaluate(settings: list[Setting], namespace: Mapping) -> dict[str, Any]:
     "name -> value, each expression evaluated over `namespace` and the settings before it. UsageError tells line and type of an error."
     scope, values = dict(namespace), {}
     for setting in settings:
-        code = compile(ast.Expression(setting.tree), f"<%%rwkv_finetune line {setting.line}>", "eval")
-        try: scope[setting.name] = values[setting.name] = eval(code, scope)
+        try:
+            code = compile(ast.Expression(setting.tree), f"<%%rwkv_finetune line {setting.line}>", "eval")
+            scope[setting.name] = values[setting.name] = eval(code, scope)
         except Exception as e:
             raise usage_error(f"body line {setting.line}: {type(e).__name__} in `{setting.name} = {setting.source}`: {e}") from e
     return values

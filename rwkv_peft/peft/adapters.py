@@ -76,6 +76,7 @@ def attach(model: nn.Module, *methods, targets: str | list[str] | None = None) -
     """Puts `methods` on `model` and freezes every parameter that none of them trains. Returns the model.
 
     `targets` names matrices, or parts of their names such as "att.key"; None is all in att and ffn. A MethodError leaves the model as it was."""
+    if not isinstance(model, nn.Module) or not hasattr(model, "blocks"): raise MethodError(f"attach: the model is {type(model).__name__}, and a loaded RWKV is needed, such as RWKV.load('rwkv7-tiny')")
     if not methods: raise MethodError("attach needs a method, such as attach(model, LoRA())")
     for m in methods:
         if isinstance(m, type): raise MethodError(f"attach: write {m.__name__}(), with brackets, to make the method from its name")
@@ -246,6 +247,9 @@ def check_config(config: dict, folder: Path) -> None:
     if kind != "LORA": raise AdapterError(f"{folder} holds an adapter of type {kind!r} and only 'LORA' can be read: merge it with the program that made it")
     if init.startswith(_MOVING): raise AdapterError(f"{folder} was made with init_lora_weights={init!r}, which changes the base as well: save it again converted to plain LoRA")
     unknown = [key for key in ("use_dora", "fan_in_fan_out", "use_qalora", "alora_invocation_tokens", "target_parameters", "trainable_token_indices", "lora_bias", "layer_replication", "megatron_config") if config.get(key)]
+    numbers = {"r": config.get("r", 8), "lora_alpha": config.get("lora_alpha", 8), "lora_dropout": config.get("lora_dropout") or 0}
+    wrong = [key for key, value in numbers.items() if type(value) not in (int, float)]
+    if wrong: raise AdapterError(f"{folder} has {wrong[0]}={config[wrong[0]]!r}, which is no number: write the adapter again")
     if unknown: raise AdapterError(f"{folder} uses {unknown[0]}={config[unknown[0]]!r}, which is more than plain LoRA and can't be read")
     if config.get("bias", "none") != "none": raise AdapterError(f"{folder} trains biases (bias={config['bias']!r}), and an RWKV's matrices have none")
 
@@ -266,7 +270,8 @@ def read_adapter(folder: str | os.PathLike) -> Contents:
     has = {name: (folder / name).exists() for name in _FILES}
     if has[_FILES[0]] != has[_FILES[1]]: raise AdapterError(f"{folder} has only one of {_FILES[0]} and {_FILES[1]}: copy the missing one there")
     config, about = ({} if not has[name] else _read_json(folder / name) for name in (_FILES[0], _FILES[4]))
-    if config: check_config(config, folder)
+    if has[_FILES[0]]: check_config(config, folder)
+    if not isinstance(about.get("base", {}), dict): raise AdapterError(f"{folder / _FILES[4]} says nothing about the base: write the adapter again")
     try:
         tensors = read_tensors(folder / _FILES[1]) if config else {}
         weights = read_tensors(folder / _FILES[2]) if has[_FILES[2]] else {}

@@ -91,6 +91,7 @@ def linears(model: nn.Module) -> dict[str, Linear]:
 def find_linears(model: nn.Module, targets: str | list[str] | None = None) -> dict[str, Linear]:
     "The `Linear`s whose name contains one of `targets` as whole dotted parts; None means all in att and ffn. MethodError for a target that fits none."
     every = linears(model)
+    if not isinstance(targets, (str, list, tuple, set, type(None))): raise MethodError(f"targets: {targets!r} is no name and no list of names; write one such as 'att.key'")
     wanted = ["att", "ffn"] if targets is None else [targets] if isinstance(targets, str) else list(targets)
     if not wanted: raise MethodError("targets is empty: name at least one matrix, such as 'att.key', or leave it out for all of att and ffn")
     fits = {t: [n for n in every if f".{t}." in f".{n}."] for t in wanted}

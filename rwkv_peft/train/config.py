@@ -10,6 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
+import os
 import re
 import sys
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -17,7 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 # %% auto #0
 __all__ = ['METHODS', 'ConfigError', 'setting', 'Sources', 'Rows', 'Method', 'Schedule', 'Optimiser', 'Hardware', 'Keeping',
            'words', 'expected', 'nearest', 'sentences', 'recorded', 'check_method', 'Config', 'check_later',
-           'check_sources', 'check_combinations', 'state_only', 'to_toml', 'read_toml', 'from_toml', 'settings_table']
+           'check_sources', 'check_places', 'check_combinations', 'state_only', 'to_toml', 'read_toml', 'from_toml',
+           'settings_table']
 
 # %% ../../nbs/train/10_config.ipynb #9a6e94cd
 class ConfigError(ValueError):
@@ -107,7 +109,7 @@ class Keeping(BaseModel):
     name: str | None = setting(None, "name of the run and of its folder; unset: the date")
     output: str = setting("runs", "folder that holds the runs")
     resume: bool = setting(False, "go on with the run called name from its last checkpoint")
-    seed: int = setting(0, "seed of the new parameters, the order of the rows and dropout", ge=0)
+    seed: int = setting(0, "seed of the new parameters, the order of the rows and dropout", ge=0, le=2 ** 32 - 1)
     eval_split: float = setting(0.02, "share of data that is held out", ge=0, lt=1)
     eval_steps: int | None = setting(None, "steps between evaluations; unset: 10 times a run", gt=0)
     save_steps: int | None = setting(None, "steps between checkpoints; unset: at each evaluation", gt=0)
@@ -186,6 +188,7 @@ def recorded(value):
 # %% ../../nbs/train/10_config.ipynb #c3fd4f0a
 def check_method(value, known: tuple = ("lora", "state", "none"), later: tuple = ("pissa", "bone", "bat", "miss", "dora", "lisa")):
     "`value`, or a ValueError when it is no method: one sentence with the nearest word."
+    if isinstance(value, (list, tuple)) and "none" in [v for v in value if isinstance(v, str)]: raise ValueError("peft: 'none' trains every weight, by itself; give it alone, without a list")
     if isinstance(value, (list, tuple)) and value: return [check_method(v, ("lora", "state"), later) for v in value]
     if is_dataclass(value) and type(value).__name__ in METHODS.values(): return value
     word = value.get("method") if isinstance(value, dict) else value
@@ -220,6 +223,7 @@ class Config(Keeping, Hardware, Optimiser, Schedule, Method, Rows, Sources):
         check_later(self)
         check_sources(self)
         check_combinations(self)
+        check_places(self)
         return self
 
     @property
@@ -254,26 +258,44 @@ def check_later(config: Config):
 def check_sources(config: Config):
     "A run needs a model and rows, unless it goes on with an earlier one; files must be there."
     if config.resume and not config.name: raise ValueError("resume: which run? give its name as well")
-    if config.name and (config.name in (".", "..") or re.search(r'[/\\:*?"<>|\x00-\x1f]', config.name)):
-        raise ValueError(f"name: {config.name!r} can't be a folder's name; use letters, digits, - and _")
+    if config.name and (re.search(r'^\s|\s$|\.$|[/\\:*?"<>|\x00-\x1f]', config.name) or len(config.name.encode()) > 200):
+        raise ValueError(f"name: {_short(config.name)} can't be a folder's name; use letters, digits, - and _")
     what = {"model": "a bundled name such as 'rwkv7-tiny', a checkpoint file, or a loaded RWKV", "data": "a jsonl file or a list of rows"}
     for name, kinds in what.items():
         if getattr(config, name) is None and not config.resume: raise ValueError(f"{name}: is missing; give {kinds}")
-    if not (config.model is None or isinstance(config.model, str) or callable(getattr(config.model, "parameters", None))):
+    kind = type(config.model)
+    if not (config.model is None or isinstance(config.model, str) or (hasattr(kind, "parameters") and hasattr(kind, "tokenizer"))):
         raise ValueError(f"model: expected {what['model']}, got {_short(config.model)}")
     for name in ("data", "eval_data"):
         value = getattr(config, name)
         if value is None: continue
-        if isinstance(value, str) and not value.startswith("<") and not Path(value).is_file(): raise FileNotFoundError(f"{name}: there is no file {value!r}; check the path")
+        if isinstance(value, str) and not value.startswith("<") and not Path(value).is_file():
+            raise FileNotFoundError(f"{name}: {value!r} is a folder; give the jsonl file in it" if value and Path(value).is_dir() else f"{name}: there is no file {value!r}; check the path")
         if isinstance(value, (bool, int, float, dict, bytes)): raise ValueError(f"{name}: expected {what['data']}, got {_short(value)}")
         if not isinstance(value, str) and not hasattr(value, "__iter__") and not hasattr(value, "__getitem__"): raise ValueError(f"{name}: expected {what['data']}, got {_short(value)}")
     for name in ("adapter", "state"):
         if getattr(config, name) and not Path(getattr(config, name)).exists(): raise FileNotFoundError(f"{name}: there is no {getattr(config, name)!r}; check the path")
 
+# %% ../../nbs/train/10_config.ipynb #eba9cb3b
+def check_places(config: Config):
+    "The device is there, and so is a folder to make the run's folder in."
+    import torch
+    try: device = torch.device(config.device or "cpu")
+    except RuntimeError: raise ValueError(f"device: {config.device!r} is not known; use cpu, cuda, cuda:1 or mps") from None
+    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(device.type, 0)
+    if (device.index or 0) >= there: raise ValueError(f"device: there is no {config.device!r} on this machine; leave it out to take the fastest there is")
+    place = Path(config.output, config.name or "run")
+    nearest_there = next(p for p in (place, *place.parents) if p.exists())
+    if not nearest_there.is_dir(): raise ValueError(f"output: {str(nearest_there)!r} is a file, and a run needs a folder; choose another one")
+    if not os.access(nearest_there, os.W_OK | os.X_OK): raise ValueError(f"output: nothing may be written into {str(nearest_there)!r}; choose another folder")
+
 # %% ../../nbs/train/10_config.ipynb #42625852
 def check_combinations(config: Config):
     "Settings that contradict each other."
     peft = check_method(config.peft)
+    if config.adapter:
+        for n in ("peft", "r", "alpha", "dropout", "targets", "train_parts", "train_type"):
+            if n in config.model_fields_set and getattr(config, n) != type(config).model_fields[n].default: raise ValueError(f"{n}: the adapter to start from says itself what is trained; leave {n} out")
     if config.epochs is not None and config.max_steps is not None: raise ValueError("epochs and max_steps both say how long the run is; give one of them")
     shorthand = [n for n in ("r", "alpha", "dropout") if n in config.model_fields_set and getattr(config, n) != type(config).model_fields[n].default]
     if shorthand and peft in ("none", "state") and "peft" in config.model_fields_set:
@@ -301,7 +323,8 @@ def read_toml(path: str | Path) -> tuple[dict, str]:
     if sys.version_info >= (3, 11): import tomllib
     else: import tomli as tomllib
     if not Path(path).is_file(): raise FileNotFoundError(f"{path}: there is no such settings file")
-    text = Path(path).read_text(encoding="utf-8")
+    try: text = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error: raise ConfigError(f"{path}: not UTF-8 (byte {error.start} is 0x{error.object[error.start]:02x}); save the file as UTF-8") from None
     try: return tomllib.loads(text), text
     except tomllib.TOMLDecodeError as error: raise ConfigError(f"{path}: not valid TOML: {error}") from None
 

@@ -12,6 +12,7 @@ import math
 import torch
 from torch import nn
 from ..data.batches import batches
+from .config import ConfigError
 from .loss import on_device
 
 # %% ../../nbs/train/60_evaluate.ipynb #620c6233
@@ -28,7 +29,7 @@ def trained_bytes(examples: Sequence, tokenizer) -> float:
 def evaluate(model: nn.Module, examples: Sequence, micro_bsz: int = 8, n_bytes: float | None = None, stop: Callable[[], bool] = lambda: False) -> dict | None:
     """Held-out loss of `model` on the trained tokens of `examples`: `loss` (nats a token), `bits_per_byte`, `tokens`. Dropout is off meanwhile.
 
-    `n_bytes`: what `trained_bytes` counted, to save counting again. None when `stop()` turned true on the way. ValueError when no token is trained."""
+    `n_bytes`: what `trained_bytes` counted, to save counting again. None when `stop()` turned true on the way. ConfigError when no token is trained."""
     device, nats, tokens, was_training = next(model.parameters()).device, 0.0, 0.0, model.training
     model.eval()
     try:
@@ -37,6 +38,6 @@ def evaluate(model: nn.Module, examples: Sequence, micro_bsz: int = 8, n_bytes: 
             nats += model(**on_device(batch, device))[0].double().item()
             tokens += batch.weights.sum(dtype=torch.float64).item()
     finally: model.train(was_training)
-    if not tokens: raise ValueError("eval_data: no token of the held-out rows is trained, so there is no loss; check loss_mask and ctx_len")
+    if not tokens: raise ConfigError("eval_data: no token of the held-out rows is trained, so there is no loss; check loss_mask and ctx_len")
     n_bytes = n_bytes if n_bytes is not None else trained_bytes(examples, model.tokenizer)
     return {"loss": nats / tokens, "bits_per_byte": nats / math.log(2) / n_bytes if n_bytes else None, "tokens": tokens}

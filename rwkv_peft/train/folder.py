@@ -24,7 +24,7 @@ from .config import Config, ConfigError, read_toml, recorded
 # %% auto #0
 __all__ = ['CHANGEABLE', 'write_whole', 'folder_of', 'holds_run', 'save_rows', 'load_rows', 'save_checkpoint', 'checkpoints',
            'load_checkpoint', 'prune', 'random_state', 'set_random_state', 'OwnRandomness', 'save_config',
-           'load_config']
+           'save_changes', 'load_config']
 
 # %% ../../nbs/train/30_folder.ipynb #72a6138a
 def write_whole(path: str | Path, fill: Callable[[Path], None]) -> Path:
@@ -162,6 +162,16 @@ def save_config(folder: str | Path, config: Config, settled: dict):
     for key in ("data", "eval_data", "model", "adapter", "state"):
         if isinstance(table.get(key), str) and Path(table[key]).exists(): table[key] = str(Path(table[key]).resolve())
     write_whole(Path(folder, "config.toml"), lambda p: p.write_text(tomli_w.dumps(table), encoding="utf-8"))
+
+# %% ../../nbs/train/30_folder.ipynb #d84781d2
+def save_changes(folder: str | Path, asked: dict):
+    "Writes down what of `asked` (name -> value) may change on a resume, so that the next resume goes on with it."
+    import tomli_w
+    new = {k: recorded(v) for k, v in asked.items() if k in CHANGEABLE and v is not None}
+    if not new: return
+    table, _ = read_toml(Path(folder, "config.toml"))
+    if {"epochs", "max_steps"} & set(new): table = {k: v for k, v in table.items() if k not in ("epochs", "max_steps")}
+    write_whole(Path(folder, "config.toml"), lambda p: p.write_text(tomli_w.dumps(table | new), encoding="utf-8"))
 
 # %% ../../nbs/train/30_folder.ipynb #0bafa4cc
 def load_config(folder: str | Path, asked: dict) -> Config:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from ..data.batches import Batch, batches, collate, count_batches
 from ..data.records import Dataset, read_data
+from ..kernels.wkv import backends
 from ..model.checkpoint import config_of, fastest_dtype, fingerprint, load, read, save
 from ..model.sample import Sampler, generate
 from ..model.state import save_state
@@ -27,7 +28,7 @@ from ..peft.adapters import attach, detach, load_adapter, save_adapter, trained_
 from .config import Config, ConfigError, recorded
 from .evaluate import evaluate, trained_bytes
 from .events import EventLog, event, read_events, timeline
-from .folder import OwnRandomness, checkpoints, folder_of, holds_run, load_checkpoint, load_config, load_rows, prune, save_checkpoint, save_config, save_rows
+from .folder import OwnRandomness, checkpoints, folder_of, holds_run, load_checkpoint, load_config, load_rows, prune, save_changes, save_checkpoint, save_config, save_rows
 from .loss import accumulate, on_device, trained_tokens
 from .optim import default_lr, lr_at, make_optimizer, methods_of, set_lr
 
@@ -162,12 +163,20 @@ def not_finite(run: Run, taken: Sequence[Batch], loss: float, norm: float) -> Tr
     rows = [i for b in taken for i in b.rows]
     lone = lambda i: run.model(**on_device(collate([run.data[i]], [i]), run.device))[0].item()
     guilty = [i for i in rows if not math.isfinite(lone(i))] if not math.isfinite(loss) else []
+    others = [i for i in range(len(run.data)) if i not in rows][:3]
+    to_blame = len(guilty) < len(rows) or any(math.isfinite(lone(i)) for i in others)      # the rows, and not the weights
     what = f"step {run.step + 1}: the loss is {loss}" if not math.isfinite(loss) else f"step {run.step + 1}: the loss is {loss:.3f}, but its gradient is {norm}"
     kept = f"nothing was updated, {f'checkpoint step-{run.saved} is kept' if run.saved is not None else 'no checkpoint was written yet'}"
-    if guilty and len(guilty) < len(rows):
+    if guilty and to_blame:
         text = run.tokenizer.decode(run.data[guilty[0]].tokens.tolist())[:80]
         return TrainingError(f"{what} because of {run.data.where(guilty[0])}, which begins {text!r}; {kept}; look at that row, then resume", guilty)
+    if not run.step: return TrainingError(f"{what}, before any step: {_damaged(run)}", rows)
     return TrainingError(f"{what} for every row, so the step before went too far; {kept}; start again with a lower lr_init than {run.settled.lr_init:g}", rows)
+
+# %% ../../nbs/train/70_loop.ipynb #b6dc170c
+def _damaged(run: Run) -> str:
+    source, kind = getattr(run.model, "source", None) or "the model", str(next(run.model.parameters()).dtype).removeprefix("torch.")
+    return f"{source} holds weights that are not finite, or too large for {kind}; try precision='fp32' or another file"
 
 # %% ../../nbs/train/70_loop.ipynb #3fba08a8
 def examine(run: Run) -> list[dict]:
@@ -175,6 +184,7 @@ def examine(run: Run) -> list[dict]:
     began = time.perf_counter()
     found = evaluate(run.model, run.held_out, n_bytes=run.held_out_bytes, stop=run.asked_to_stop) if run.held_out else {}
     if found is None: return []
+    if found and not math.isfinite(found["loss"]) and not run.step: raise TrainingError(f"the held-out loss is {found['loss']} before any step: {_damaged(run)}")
     if found and not math.isfinite(found["loss"]): raise TrainingError(f"step {run.step}: the held-out loss is {found['loss']}; start again with a lower lr_init than {run.settled.lr_init:g}")
     run.evaluated, said = run.step, []
     if found:
@@ -288,6 +298,8 @@ def prepare(run: Run):
     "Rows, base model, adapters: everything but the folder. Done once; errors are those of the data and of the checkpoint, in a sentence each."
     if run.model is not None: return
     config, resuming = run.config, run.config.resume
+    if config.backend != "auto" and not backends()[config.backend][0]: raise ConfigError(f"backend: {config.backend!r} can't be used here: {backends()[config.backend][1]}")
+    run.methods = methods_of(config)
     if config.model is None: raise ConfigError(f"model: run {run.folder.name!r} was made over a model object that has no file; hand the same model over again, finetune(model=..., resume=True, ...)")
     tokenizer = tokenizer_for(config_of(read(config.model)).vocab_size) if isinstance(config.model, str) else config.model.tokenizer
     if resuming: run.data, run.held_out, prints = load_rows(run.folder, tokenizer)
@@ -297,10 +309,11 @@ def prepare(run: Run):
     run.base = model.attached.base if left else fingerprint(model)
     if resuming: check_same(run, prints, tokenizer)
     if left: detach(model)
-    run.tokenizer, run.lengths, run.methods = tokenizer, [len(e.tokens) - 1 for e in run.data], methods_of(config)
+    run.tokenizer, run.lengths = tokenizer, [len(e.tokens) - 1 for e in run.data]
     run.device = next(model.parameters()).device
     run.random = OwnRandomness(config.seed, str(run.device))
     with run.random: run.trained = make_trainable(model, run.methods, config)
+    if config.adapter: run.methods = [*model.attached.methods]
     model.grad_cp = run.device.type == "cuda" if config.grad_cp == "auto" else config.grad_cp
     if config.backend != "auto": model.backend = config.backend
     run.held_out_bytes = trained_bytes(run.held_out, tokenizer) if run.held_out else 0
@@ -345,9 +358,11 @@ def begin(run: Run) -> Iterator[dict]:
     if not resuming and holds_run(run.folder): raise ConfigError(_taken(run.folder))
     if s.lr_init is None: find_rate(run)
     if not resuming:
-        run.folder.mkdir(parents=True, exist_ok=True)
+        try: run.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error: raise ConfigError(f"output: {str(run.folder)!r} can't be made ({error.strerror}); choose another folder") from None
         save_config(run.folder, run.config, {"name": run.folder.name, **{k: getattr(s, k) for k in ("micro_bsz", "accumulate", "lr_init", "lr_final", "warmup_steps")}})
         save_rows(run.folder, run.data, run.held_out, run.base)
+    else: save_changes(run.folder, run.asked.given)
     run.log = EventLog(run.folder / "events.jsonl")
     run.accelerator = accelerator_on(run.device)
     optimizer = make_optimizer(run.trained.items(), s.lr_init, run.config.weight_decay)

@@ -14,7 +14,7 @@ from torch import nn
 from ..peft.lora import LoRA
 from ..peft.parts import Train
 from ..peft.state_tuning import StateTuning
-from .config import METHODS, Config, state_only
+from .config import METHODS, Config, ConfigError, state_only
 
 # %% ../../nbs/train/50_optim.ipynb #6ca6fdfe
 def method_of(value, config: Config):
@@ -25,7 +25,7 @@ def method_of(value, config: Config):
     if not isinstance(value, dict): return value
     told = {k: v for k, v in value.items() if k != "method" and not (isinstance(v, str) and v.startswith("<"))}
     try: return classes[value["method"]](**told)
-    except TypeError as error: raise ValueError(f"peft: {METHODS[value['method']]} {str(error).split('() ')[-1]}; correct the table") from None
+    except TypeError as error: raise ConfigError(f"peft: {METHODS[value['method']]} {str(error).split('() ')[-1]}; correct the table") from None
 
 # %% ../../nbs/train/50_optim.ipynb #1cd7f6a6
 def methods_of(config: Config) -> list:
