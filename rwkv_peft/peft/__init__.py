@@ -1,6 +1,6 @@
 from rwkv_peft import lazy
 
-_public = {"LoRA": "lora",
+_public = {"LoRA": "lora", "MethodError": "lora",
            "StateTuning": "state_tuning",
            "Train": "parts",
            "attach": "adapters", "detach": "adapters", "merge": "adapters", "save_adapter": "adapters", "load_adapter": "adapters", "trained_parameters": "adapters", "AdapterError": "adapters"}
