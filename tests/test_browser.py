@@ -101,8 +101,13 @@ class Page:
 
 
 def brightness(page, selector, what):
-    red, green, blue = page.eval_on_selector(selector, f"e => {{ while (getComputedStyle(e).{what} == 'rgba(0, 0, 0, 0)') e = e.parentElement; return getComputedStyle(e).{what}.match(/[0-9.]+/g).slice(0, 3).map(Number) }}")
-    return .3 * red + .59 * green + .11 * blue
+    "From 0 to 255; not a number when Lab redrew the output in that moment, and the element is no longer on the page."
+    colour = page.eval_on_selector(selector, f"""e => {{
+        while (e && getComputedStyle(e).{what} == 'rgba(0, 0, 0, 0)') e = e.parentElement
+        const numbers = e && getComputedStyle(e).{what}.match(/[0-9.]+/g)
+        return numbers && numbers.slice(0, 3).map(Number)
+    }}""")
+    return sum(part * weight for part, weight in zip(colour, (.3, .59, .11))) if colour else float("nan")
 
 
 def test_a_run_is_watched_stopped_and_kept(lab, tmp_path):
@@ -132,10 +137,10 @@ def test_a_run_is_watched_stopped_and_kept(lab, tmp_path):
         notebook.run(2)
         assert notebook.finished(2)["outputs"][0]["data"]["text/plain"] == ["'stopped'"]
 
-        assert abs(brightness(page, ".jp-OutputArea-output b", "color") - brightness(page, ".jp-OutputArea-output b", "backgroundColor")) > 100
+        wait_for(lambda: abs(brightness(page, ".jp-OutputArea-output b", "color") - brightness(page, ".jp-OutputArea-output b", "backgroundColor")) > 100, 20)
         page.evaluate("window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'}).then(() => 1)")
         wait_for(lambda: brightness(page, ".jp-OutputArea-output b", "backgroundColor") < 60, 20)
-        assert brightness(page, ".jp-OutputArea-output b", "color") > 150                             # light on dark now
+        wait_for(lambda: brightness(page, ".jp-OutputArea-output b", "color") > 150, 20)              # light on dark now
         page.screenshot(path=tmp_path / "stopped.png")
         assert page.locator(".jp-OutputArea-output mjx-container").count() == 0
         browser.close()
