@@ -6,13 +6,14 @@
 __all__ = ['PEERS', 'absent_peers', 'fla_reference', 'peer_operators', 'bench_peer_operators', 'peer_step', 'bench_peer_steps',
            'peers_table']
 
-# %% ../../nbs/bench/60_peers.ipynb #7a36f0d7
+# %% ../../nbs/bench/60_peers.ipynb #7e8f2640
 from collections.abc import Callable
 from importlib import metadata
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from statistics import median
 from types import ModuleType, SimpleNamespace
+from unittest.mock import patch
 import json
 import os
 import subprocess
@@ -41,7 +42,7 @@ def fla_reference(path: str) -> ModuleType:
     spec.loader.exec_module(module)
     return module
 
-# %% ../../nbs/bench/60_peers.ipynb #75a87add
+# %% ../../nbs/bench/60_peers.ipynb #74e7c3bd
 def _fla7(name):
     reference = getattr(fla_reference("generalized_delta_rule/dplr/naive.py"), name)
 
@@ -71,10 +72,14 @@ def _hf7():
 
     return run
 
-# %% ../../nbs/bench/60_peers.ipynb #f1ffbe28
+def _ops7():
+    with patch.dict(os.environ, KERNEL_TYPE="native", KERAS_BACKEND="torch"): from rwkv_ops import generalized_delta_rule     # it reads both when imported
+    return lambda r, w, k, v, a, b, state: generalized_delta_rule(r, torch.log(-w), k, v, a, b, initial_state=state, output_final_state=True)
+
+# %% ../../nbs/bench/60_peers.ipynb #888cf692
 def peer_operators(version: str = "7") -> tuple[dict[str, Callable], dict[str, str]]:
     "(name -> the peer's operator with our arguments, name -> why it can't be had) for RWKV-6 or 7."
-    makers = {"fla recurrent": _fla6} if version == "6" else {"fla recurrent": lambda: _fla7("dplr_recurrence"), "fla chunkwise": lambda: _fla7("dplr_chunkwise"), "rwkv7-hf": _hf7}
+    makers = {"fla recurrent": _fla6} if version == "6" else {"fla recurrent": lambda: _fla7("dplr_recurrence"), "fla chunkwise": lambda: _fla7("dplr_chunkwise"), "rwkv7-hf": _hf7, "rwkv-ops": _ops7}
     found, missing = {}, {}
     for name, make in makers.items():
         package = name.split()[0]
