@@ -6,7 +6,7 @@
 __all__ = ['step_config', 'LoRAStep', 'roofline', 'peak_memory', 'bench_step', 'lora_gradient', 'bench_variants',
            'variants_table', 'step_table']
 
-# %% ../../nbs/bench/30_step.ipynb #3aa32dec
+# %% ../../nbs/bench/30_step.ipynb #9b01365f
 from collections.abc import Callable
 from statistics import median
 import subprocess
@@ -17,6 +17,7 @@ import ctypes
 import torch
 from torch import Tensor
 from ..model.rwkv import RWKV, RWKVConfig
+from ..kernels.heap import keep_heap
 from ..kernels.wkv import backends
 from ..peft.adapters import attach
 from ..peft.lora import LoRA
@@ -29,11 +30,12 @@ def step_config(small: bool = False) -> RWKVConfig:
     if small: return RWKVConfig(version="7", n_layer=2, n_embd=128, head_size=64, dim_ffn=512, vocab_size=1024, w_rank=32, a_rank=32, v_rank=16, g_rank=32)
     return RWKVConfig(version="7", n_layer=12, n_embd=768, head_size=64, dim_ffn=3072, vocab_size=65536, w_rank=64, a_rank=64, v_rank=32, g_rank=128)
 
-# %% ../../nbs/bench/30_step.ipynb #e002e370
+# %% ../../nbs/bench/30_step.ipynb #659aa32a
 class LoRAStep:
     "One training step over random tokens: `step(backend)` runs forward, backward and AdamW, and returns the loss a token."
 
     def __init__(self, config: RWKVConfig, T: int, r: int = 16):
+        keep_heap()                     # as a training run does
         torch.manual_seed(0)
         self.model = attach(RWKV(config), LoRA(r=r))
         self.tokens, self.targets = torch.randint(1, config.vocab_size, (2, 1, T)).unbind(0)
