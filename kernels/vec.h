@@ -44,16 +44,25 @@ static inline void sum4(float* out, vec a, vec b, vec c, vec d) {
     _mm_storeu_ps(out, _mm_add_ps(_mm_add_ps(p, q), _mm_add_ps(r, s)));
 }
 
-// exp to about one unit in the last place: x = n ln 2 + f, a polynomial in f (Cephes' coefficients), then n goes into the exponent. Vectorises by itself.
-static inline float fast_exp(float x) {
+// exp to about one unit in the last place: x = n ln 2 + f, a polynomial in f (Cephes' coefficients) gives part = e^f - 1, and power = 2^n. Vectorises by itself.
+static inline void split_exp(float x, float& part, float& power) {
     x = x < -87.f ? -87.f : (x > 88.f ? 88.f : x);
     float n = (x * 1.44269504f + 12582912.f) - 12582912.f;                 // adding 1.5 * 2^23 rounds to a whole number
     float f = x - n * 0.693359375f + n * 2.12194440e-4f;
     float p = ((((1.9875691500e-4f * f + 1.3981999507e-3f) * f + 8.3334519073e-3f) * f + 4.1665795894e-2f) * f + 1.6666665459e-1f) * f + 5.0000001201e-1f;
     int32_t bits = ((int32_t)n + 127) << 23;
-    float power;
     memcpy(&power, &bits, 4);
-    return (p * (f * f) + f + 1.f) * power;
+    part = p * (f * f) + f;
+}
+static inline float fast_exp(float x) {
+    float part, power;
+    split_exp(x, part, power);
+    return (part + 1.f) * power;
+}
+static inline float fast_expm1(float x) {      // e^x - 1 with all its digits where x is near zero
+    float part, power;
+    split_exp(x, part, power);
+    return part * power + (power - 1.f);
 }
 
 static inline float sigmoid(float x) { return 1.f / (1.f + fast_exp(-x)); }

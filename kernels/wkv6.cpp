@@ -5,18 +5,23 @@
 
 // [forward] one token, G vectors of values, S stored [key][value]: read with r, then fade and write
 template <int G>
-static void token(int N, int P, float* S, const float* decay, const float* k, const float* r, const float* v, float bonus, float* y) {
+static void token(int N, int P, float* S, const float* fade, const float* k, const float* r, const float* v, float bonus, float* y) {
     vec value[G], read[G];
     UNROLL for (int g = 0; g < G; g++) value[g] = load(v + g * W), read[g] = bonus * value[g];
     for (int j = 0; j < N; j++, S += P)
         UNROLL for (int g = 0; g < G; g++) {
             vec s = load(S + g * W);
             read[g] += s * r[j];
-            store(S + g * W, s * decay[j] + value[g] * k[j]);
+            store(S + g * W, s + s * fade[j] + value[g] * k[j]);
         }
     UNROLL for (int g = 0; g < G; g++) store(y + g * W, read[g]);
 }
 // [end]
+
+// A decay near one is kept as fade = e^w - 1, and S e^w is S + S fade: rounding e^w itself would err the same way at every token of a long memory.
+static void fade_row(float* out, const float* w, int n) {
+    for (int j = 0; j < n; j++) out[j] = fast_expm1(w[j]);
+}
 
 static float bonus_of(const float* u, const float* k, const float* r, int N) {
     float sum = 0;
@@ -34,7 +39,7 @@ extern "C" void wkv6_forward(int B, int T, int H, int N, int every, int threads,
     {
         FlushDenormals flush;
         Scratch scratch((size_t)N * P + 3 * P);
-        float *S = scratch.take((size_t)N * P), *value = scratch.take(P), *out = scratch.take(P), *decay = scratch.take(P);
+        float *S = scratch.take((size_t)N * P), *value = scratch.take(P), *out = scratch.take(P), *fade = scratch.take(P);
         memset(S, 0, ((size_t)N * P + 3 * P) * 4);
         #pragma omp for schedule(dynamic, 1)
         for (int bh = 0; bh < B * H; bh++) {
@@ -50,12 +55,12 @@ extern "C" void wkv6_forward(int B, int T, int H, int N, int every, int threads,
                 if (resets && resets[(size_t)batch * T + t]) start_from(fresh);
                 if (kept && t % every == 0)
                     for (int j = 0; j < N; j++) memcpy(kept + ((size_t)bh * blocks + t / every) * square + (size_t)j * N, S + (size_t)j * P, N * 4);
-                exp_row(decay, w + o, N);
+                fade_row(fade, w + o, N);
                 memcpy(value, v + o, N * 4);
                 const float bonus = bonus_of(u + h * N, k + o, r + o, N);
                 int i = 0;
-                for (; i + TILE * W <= P; i += TILE * W) token<TILE>(N, P, S + i, decay, k + o, r + o, value + i, bonus, out + i);
-                for (; i < P; i += W) token<1>(N, P, S + i, decay, k + o, r + o, value + i, bonus, out + i);
+                for (; i + TILE * W <= P; i += TILE * W) token<TILE>(N, P, S + i, fade, k + o, r + o, value + i, bonus, out + i);
+                for (; i < P; i += W) token<1>(N, P, S + i, fade, k + o, r + o, value + i, bonus, out + i);
                 memcpy(y + o, out, N * 4);
             }
             transpose(last + bh * square, N, S, P, N);
@@ -64,7 +69,7 @@ extern "C" void wkv6_forward(int B, int T, int H, int N, int every, int threads,
 }
 
 struct Stretch6 {                              // up to `every` tokens of one head, padded rows of length P; and the gradients that they will get
-    float *r, *decay, *k, *v, *dy, *dr, *dw, *dk, *dv;
+    float *r, *fade, *k, *v, *dy, *dr, *dw, *dk, *dv;
 };
 
 // [backward] ROWS rows of the state, [value][key], through one stretch: first forward again from its first state, then back with D = dL/dS
@@ -76,8 +81,11 @@ static void rows_back(int n, int i, int P, const Stretch6& x, const float* S0, f
         const float* before = states + (size_t)t * ROWS * P;
         float* after = states + (size_t)(t + 1) * ROWS * P;
         UNROLL for (int g = 0; g < groups; g++) {
-            vec decay = load(x.decay + t * P + g * W), k = load(x.k + t * P + g * W);
-            UNROLL for (int row = 0; row < ROWS; row++) store(after + row * P + g * W, load(before + row * P + g * W) * decay + x.v[t * P + i + row] * k);
+            vec fade = load(x.fade + t * P + g * W), k = load(x.k + t * P + g * W);
+            UNROLL for (int row = 0; row < ROWS; row++) {
+                vec S = load(before + row * P + g * W);
+                store(after + row * P + g * W, S + S * fade + x.v[t * P + i + row] * k);
+            }
         }
     }
     vec d[ROWS][G ? G : 1];
@@ -89,7 +97,7 @@ static void rows_back(int n, int i, int P, const Stretch6& x, const float* S0, f
         UNROLL for (int row = 0; row < ROWS; row++) to_v[row] = vec{};
         UNROLL for (int g = 0; g < groups; g++) {
             const int at = t * P + g * W;
-            vec r = load(x.r + at), k = load(x.k + at), decay = load(x.decay + at), dr = load(x.dr + at), dk = load(x.dk + at), dw = load(x.dw + at);
+            vec r = load(x.r + at), k = load(x.k + at), fade = load(x.fade + at), dr = load(x.dr + at), dk = load(x.dk + at), dw = load(x.dw + at);
             UNROLL for (int row = 0; row < ROWS; row++) {
                 const int value = t * P + i + row;
                 vec Drow = G ? d[row][G ? g : 0] : load(D_at(row, g)), S = load(before + row * P + g * W);
@@ -97,7 +105,7 @@ static void rows_back(int n, int i, int P, const Stretch6& x, const float* S0, f
                 dk += x.v[value] * Drow;
                 dw += Drow * S;
                 to_v[row] += Drow * k;
-                Drow = Drow * decay + x.dy[value] * r;
+                Drow = Drow + Drow * fade + x.dy[value] * r;
                 if (G) d[row][G ? g : 0] = Drow; else store(D_at(row, g), Drow);
             }
             store(x.dr + at, dr), store(x.dk + at, dk), store(x.dw + at, dw);
@@ -134,7 +142,7 @@ extern "C" void wkv6_backward(int B, int T, int H, int N, int every, int threads
         memset(scratch.block, 0, floats * 4);
         float *D = scratch.take((size_t)P * P), *S0 = scratch.take((size_t)P * P), *states = scratch.take((size_t)every * ROWS * P);
         Stretch6 x;
-        for (float** row : {&x.r, &x.decay, &x.k, &x.v, &x.dy, &x.dr, &x.dw, &x.dk, &x.dv}) *row = scratch.take(rows);
+        for (float** row : {&x.r, &x.fade, &x.k, &x.v, &x.dy, &x.dr, &x.dw, &x.dk, &x.dv}) *row = scratch.take(rows);
         #pragma omp for schedule(dynamic, 1)
         for (int bh = 0; bh < B * H; bh++) {
             const int batch = bh / H, h = bh % H;
@@ -156,7 +164,7 @@ extern "C" void wkv6_backward(int B, int T, int H, int N, int every, int threads
                 for (int t = 0; t < n; t++) {
                     const size_t o = ((size_t)batch * T + first + t) * stride + (size_t)h * N;
                     memcpy(x.r + t * P, r + o, N * 4), memcpy(x.k + t * P, k + o, N * 4), memcpy(x.v + t * P, v + o, N * 4), memcpy(x.dy + t * P, dy + o, N * 4);
-                    exp_row(x.decay + t * P, w + o, N);
+                    fade_row(x.fade + t * P, w + o, N);
                 }
                 for (float* gradient : {x.dr, x.dw, x.dk}) memset(gradient, 0, (size_t)n * P * 4);
                 if (!reset) transpose(S0, P, kept + ((size_t)bh * blocks + first / every) * square, N, N);
@@ -171,7 +179,7 @@ extern "C" void wkv6_backward(int B, int T, int H, int N, int every, int threads
                     for (int j = 0; j < N; j++) along += dy[o + j] * v[o + j];
                     const float weight = bonus_of(bonus, k + o, r + o, N);
                     for (int j = 0; j < N; j++) {
-                        dw[o + j] = x.dw[t * P + j] * x.decay[t * P + j];
+                        dw[o + j] = x.dw[t * P + j] * (1.f + x.fade[t * P + j]);
                         dr[o + j] = x.dr[t * P + j] + along * bonus[j] * k[o + j];
                         dk[o + j] = x.dk[t * P + j] + along * bonus[j] * r[o + j];
                         dv[o + j] = x.dv[t * P + j] + weight * dy[o + j];

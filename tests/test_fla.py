@@ -1,0 +1,79 @@
+"fla's Triton kernels behind our arguments: every output and gradient under Triton's interpreter, against the float64 loop."
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rwkv_peft.kernels import fla
+
+HERE = Path(__file__).parent
+NAMES = {"7": "y last dr dw dk dv da db dstate dinitial".split(), "6": "y last dr dw dk dv du dstate dinitial".split()}
+# version: (B, T, H, N), log decays, what a row begins with, documents?
+CASES = [(version, *case) for version in "76" for case in [
+    ((2, 1, 1, 64), "mild", "state", False), ((2, 1, 1, 64), "mild", "both", True), ((1, 17, 2, 64), "mild", "none", False), ((2, 17, 1, 64), "floor", "both", True),
+    ((2, 17, 1, 32), "mild", "initial", True), ((2, 17, 1, 16), "mild", "state", False), ((1, 257, 1, 64), "mild", "both", True), ((1, 257, 1, 64), "floor", "state", False)]]
+BAR = 2e-6      # float32 sums of 257 terms in another order; what the loop itself is off by in float32 is 1e-7 to 4e-7
+
+
+def measure(version, shape, decay, begin, cuts):
+    "Relative L2 distances of y, the last state and every gradient."
+    from rwkv_peft.kernels import fla, loop
+    B, T, H, N = shape
+    g = torch.Generator().manual_seed(T + N)
+    def normal(*size): return torch.randn(*size, generator=g).double()
+    key, r, k, v, gate, z = torch.nn.functional.normalize(normal(*shape), dim=-1), *(normal(*shape) for _ in range(5))
+    if version == "7": sequences = [r, torch.full(shape, -.60653066).double() if decay == "floor" else -.60653066 * torch.sigmoid(2 * z), k, v, -key, key * torch.sigmoid(gate)]
+    else: sequences = [r, -torch.exp(3 * z) if decay == "floor" else -torch.exp(z), k, v, normal(H, N)]
+    state, initial = normal(B, H, N, N) if begin in ("state", "both") else None, normal(H, N, N) if begin in ("initial", "both") else None
+    resets = torch.rand(B, T, generator=g) < max(4 / T, .3 if T < 20 else 0) if cuts else None
+    if cuts and T > 4: resets[0, [0, 3, 4]] = True
+    inputs = [None if x is None else x.float() for x in (*sequences, state, initial)]
+    dy, dlast = normal(*shape).float(), normal(B, H, N, N).float()
+
+    def everything(form, dtype):
+        xs = [None if x is None else x.to(dtype).requires_grad_() for x in inputs]
+        y, last = form(*xs, resets)
+        asked = [x for x in xs if x is not None]
+        return [y, last, *torch.autograd.grad([y, last], asked, [dy.to(dtype), dlast.to(dtype)], allow_unused=True, materialize_grads=True)]
+
+    there = [n for n, x in zip(NAMES[version][2:], inputs) if x is not None]
+    ours, truth = everything(getattr(fla, f"wkv{version}_fla"), torch.float32), everything(getattr(loop, f"wkv{version}_loop"), torch.float64)
+    return {n: float((x.double() - t).norm() / t.norm().clamp_min(1e-30)) for n, x, t in zip([*NAMES[version][:2], *there], ours, truth)}
+
+
+@pytest.fixture(scope="module")
+def distances():
+    "All cases in one process, which has the interpreter instead of a GPU."
+    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import triton_interpreter, json, test_fla; print('\\n' + json.dumps([test_fla.measure(*case) for case in test_fla.CASES]))"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    return json.loads(ran.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("i", range(len(CASES)), ids=[str(c) for c in CASES])
+def test_every_output_and_gradient(distances, i): assert max(distances[i].values()) < BAR, distances[i]
+
+
+def test_documents_of_a_reset_first_token():
+    resets = torch.tensor([[True, False, True], [False, False, False], [True, True, True]])
+    bounds, row, fresh = fla.documents(resets)
+    assert bounds.tolist() == [0, 2, 3, 6, 7, 8, 9] and row.tolist() == [0, 0, 1, 2, 2, 2] and fresh.tolist() == [True, True, False, True, True, True]
+
+
+@pytest.mark.parametrize("which", range(7))
+def test_float64_is_refused(which):
+    xs = [torch.zeros(1, 2, 1, 16) for _ in range(6)] + [torch.zeros(1, 1, 16, 16)]
+    xs[which] = xs[which].double()
+    with pytest.raises(ValueError, match="float64"): fla.packed(None, xs[:6], xs[6], None, None)
+
+
+@pytest.mark.parametrize("missing, said", [("fla", "pip install 'rwkv_peft[fla]'"), ("triton", "triton is not installed"), (None, "PyTorch sees none")])
+def test_status_names_what_is_missing(monkeypatch, missing, said):
+    monkeypatch.setattr(fla, "find_spec", lambda name: None if name == missing else "there")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    usable, why = fla.fla_status.__wrapped__()
+    assert not usable and said in why
