@@ -75,13 +75,13 @@ def to_fla(tensors: dict[str, Tensor], version: str) -> dict[str, Tensor]:
         if not unused: out[name if name.startswith("lm_head") else f"model.{name}"] = CHANGES[change][0](*(tensors[n] for n in officials)).contiguous()
     return out
 
-# %% ../../nbs/model/55_names.ipynb #e10857b5
+# %% ../../nbs/model/55_names.ipynb #696c7c20
 def from_fla(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     "What `to_fla` returned, or a model of fla's or rwkv7-hf's, names `bare`: under official names, bit for bit. A CheckpointError names a tensor that has no official name or a strange shape."
     version, layers = "6" if any(name.endswith("attn.x_bias") for name in tensors) else "7", 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("layers."))
     table, out = fla_names(version, layers), {}
     lost = [name for name in table if name not in tensors and not name.startswith("layers.0.attn.v_lora.")]
-    if lost: raise CheckpointError(f"{lost[0]}{f' and {len(lost) - 1} more are' if lost[1:] else ' is'} missing: the file isn't a complete RWKV-{version} with fla's names")
+    if lost: raise CheckpointError(f"{lost[0]}{f' and {len(lost) - 1} more are' if lost[1:] else ' is'} missing: the file isn't a complete RWKV-{version} with fla's Hugging Face names, so take all its parts or a file with official names")
     for name, tensor in tensors.items():
         if name not in table: raise CheckpointError(f"{name} is in no RWKV-{version} with fla's names: it may be of a variant that can't be read")
         officials, change = table[name]
