@@ -71,3 +71,21 @@ struct Scratch {                               // one aligned block per thread, 
     float* take(size_t floats) { float* p = next; next += floats; return p; }
 };
 static inline int padded(int n) { return (n + W - 1) / W * W; }
+
+static inline void transpose(float* to, int to_stride, const float* from, int from_stride, int n) {
+    int whole = n / 4 * 4;
+    for (int i = 0; i < whole; i += 4)
+        for (int j = 0; j < whole; j += 4) {
+            __m128 p = _mm_loadu_ps(from + j * from_stride + i), q = _mm_loadu_ps(from + (j + 1) * from_stride + i);
+            __m128 r = _mm_loadu_ps(from + (j + 2) * from_stride + i), s = _mm_loadu_ps(from + (j + 3) * from_stride + i);
+            _MM_TRANSPOSE4_PS(p, q, r, s);
+            _mm_storeu_ps(to + i * to_stride + j, p), _mm_storeu_ps(to + (i + 1) * to_stride + j, q);
+            _mm_storeu_ps(to + (i + 2) * to_stride + j, r), _mm_storeu_ps(to + (i + 3) * to_stride + j, s);
+        }
+    for (int i = 0; i < n; i++)
+        for (int j = i < whole ? whole : 0; j < n; j++) to[i * to_stride + j] = from[j * from_stride + i];
+}
+
+static inline void exp_row(float* out, const float* w, int n) {
+    for (int j = 0; j < n; j++) out[j] = fast_exp(w[j]);
+}

@@ -1,6 +1,6 @@
 from rwkv_peft import lazy
 
-_public = {"wkv7": "wkv", "backends": "wkv",
+_public = {"wkv7": "wkv", "wkv6": "wkv", "wkv5": "wkv", "backends": "wkv",
            "native_status": "native",
            "linear_cross_entropy": "cross_entropy", "head_cross_entropy": "cross_entropy"}
 __getattr__, __dir__ = lazy(__name__, _public)
