@@ -83,7 +83,8 @@ def test_states_are_at_least_fp32_whatever_the_weights_are(tmp_path, dtype):
 x = torch.zeros(4, 4)
 v5 = {"blocks.0.att.ln_x.weight": x, "blocks.0.att.gate.weight": x, "blocks.0.att.time_mix_g": x}
 OTHERS = {
-    "Hugging Face": {"model.layers.0.attn.r_proj.weight": x, "model.embeddings.weight": x},
+    "Hugging Face": {"model.layers.0.self_attn.q_proj.weight": x, "model.embed_tokens.weight": x},
+    "isn't a complete RWKV-7 with fla's Hugging Face names": {"model.layers.0.attn.r_proj.weight": x, "model.embeddings.weight": x},
     "RWKV-4": {"blocks.0.att.time_decay": x[0], "blocks.0.att.time_first": x[0], "blocks.0.att.key.weight": x},
     "5.0 or 5.1": {"blocks.0.att.time_decay": x[0], "blocks.0.att.ln_x.weight": x[0]},
     "RWKV-5.1": v5 | {"blocks.0.att.time_decay": x[:, :1]},

@@ -201,4 +201,4 @@ def test_bad_input_is_one_sentence():
         with pytest.raises(ValueError, match=word) as e: model(tokens)
         assert "\n" not in str(e.value)
     with pytest.raises(ValueError, match="multiple of head_size"): RWKVConfig(n_embd=100)
-    with pytest.raises(ValueError, match="'6'"): RWKVConfig(version="6")
+    with pytest.raises(ValueError, match="'8'"): RWKVConfig(version="8")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LERPS', 'TimeMix', 'init_time_mix', 'ChannelMix', 'init_channel_mix', 'Block']
 
-# %% ../../nbs/model/40_v7.ipynb #5d622f31
+# %% ../../nbs/model/40_v7.ipynb #baf88230
 import math
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch.nn import init
 from ..kernels.fused import after_wkv7, before_wkv7, mix, relu_squared
 from ..kernels.wkv import wkv7
 from .linear import Linear
+from .v5 import Block as Block5
 
 # %% ../../nbs/model/40_v7.ipynb #864a8aeb
 LERPS = tuple(f"x_{c}" for c in "rwkvag")
@@ -97,20 +98,7 @@ def init_channel_mix(ffn: ChannelMix, layer: int, layers: int) -> None:
     init.orthogonal_(ffn.key.weight)
     init.zeros_(ffn.value.weight)
 
-# %% ../../nbs/model/40_v7.ipynb #9e7590b6
-class Block(nn.Module):
+# %% ../../nbs/model/40_v7.ipynb #c6f3192b
+class Block(Block5):
     "One layer, `blocks.{layer}`: x (B, T, C), v_first, att_shift, wkv, ffn_shift, resets -> (x, v_first, att_shift, wkv, ffn_shift). Shapes as in `TimeMix`."
-
-    def __init__(self, config, layer: int):
-        super().__init__()
-        self.ln1, self.ln2 = nn.LayerNorm(config.n_embd), nn.LayerNorm(config.n_embd)
-        if layer == 0: self.ln0 = nn.LayerNorm(config.n_embd)
-        self.att, self.ffn, self.layer = TimeMix(config, layer), ChannelMix(config, layer), layer
-
-    def forward(self, x: Tensor, v_first: Tensor | None, att_shift: Tensor, wkv: Tensor | None, ffn_shift: Tensor,
-                resets: Tensor | None = None, backend: str = "auto") -> tuple[Tensor, ...]:
-        if self.layer == 0: x = self.ln0(x)
-        out, v_first, att_shift, wkv = self.att(self.ln1(x), v_first, att_shift, wkv, resets, backend)
-        x = x + out
-        out, ffn_shift = self.ffn(self.ln2(x), ffn_shift, resets)
-        return x + out, v_first, att_shift, wkv, ffn_shift
+    parts, starts = (TimeMix, ChannelMix), (init_time_mix, init_channel_mix)

@@ -13,12 +13,12 @@ import torch
 from torch import nn
 from .lora import MethodError
 
-# %% ../../nbs/peft/60_parts.ipynb #a2895048
+# %% ../../nbs/peft/60_parts.ipynb #db42c4b0
 GROUPS = {
     "emb": r"emb\.weight",
     "head": r"head\.weight",
     "ln": r"(blocks\.\d+\.)?(att\.)?ln\w+\.(weight|bias)",
-    "time": r"blocks\.\d+\.(att|ffn)\.(x_\w|[wavg][012]|k_k|k_a|r_k)",
+    "time": r"blocks\.\d+\.(att|ffn)\.(x_\w|[wavg][012]|k_k|k_a|r_k|time_\w+)",
     "all": r".+",
 }
 

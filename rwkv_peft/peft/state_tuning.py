@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..model.state import State, fits, load_state
 from .lora import MethodError
 
-# %% ../../nbs/peft/50_state_tuning.ipynb #390be004
+# %% ../../nbs/peft/50_state_tuning.ipynb #d0ac8647
 def start_states(model: nn.Module, init: str | os.PathLike | dict[str, Tensor] | State = "zeros") -> dict[str, Tensor]:
     """`blocks.{i}.att.time_state` -> (H, N, N) [value, key], fp32 (fp64 in a float64 model), new tensors on the model's device.
 
@@ -33,7 +33,7 @@ def start_states(model: nn.Module, init: str | os.PathLike | dict[str, Tensor] |
     else: raise MethodError(f'StateTuning: init={init!r} must be "zeros", "keep", a state file, its tensors, or a State')
     fits(states, config, "StateTuning: the state" if isinstance(init, (dict, State)) else init)
     if set(states) != set(atts): raise MethodError(f"StateTuning: {min(set(states) - set(atts))!r} is no name of a state; they are blocks.0.att.time_state and so on, one a layer")
-    return {name: states[name].detach().to(att.r_k.device, torch.promote_types(att.r_k.dtype, torch.float32), copy=True) for name, att in atts.items()}
+    return {name: states[name].detach().to(att.ln_x.weight.device, torch.promote_types(att.ln_x.weight.dtype, torch.float32), copy=True) for name, att in atts.items()}
 
 # %% ../../nbs/peft/50_state_tuning.ipynb #3a2aa979
 @dataclass

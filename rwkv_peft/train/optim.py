@@ -43,17 +43,17 @@ def default_lr(methods: list) -> float | None:
     if "LoRA" in names: return 2e-4
     return None if names == {"StateTuning"} else 1e-5
 
-# %% ../../nbs/train/50_optim.ipynb #c41e02da
+# %% ../../nbs/train/50_optim.ipynb #2a1a601b
 def is_matrix(name: str, parameter: nn.Parameter) -> bool:
-    "Whether weight decay applies: two sides longer than 1, and no per-head vectors (`r_k`)."
-    return sum(side > 1 for side in parameter.shape) == 2 and parameter.dim() == 2 and not name.endswith(".r_k")
+    "Whether weight decay applies: two sides longer than 1, and no `r_k` or `time_...` (per-head vectors, and small parts of versions 5.2 and 6)."
+    return sum(side > 1 for side in parameter.shape) == 2 and parameter.dim() == 2 and not re.search(r"\.(r_k|time_\w+)$", name)
 
-# %% ../../nbs/train/50_optim.ipynb #d63df001
+# %% ../../nbs/train/50_optim.ipynb #27b2972e
 def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float = 0.0) -> list[dict]:
-    "Optimiser groups: `params`, `lr_scale` (2 for att.w0, else 1) and `weight_decay` (0 but for matrices). Every parameter is in one group; the order is that of `named`."
+    "Optimiser groups: `params`, `lr_scale` (2 for att.w0 and att.time_decay, else 1) and `weight_decay` (0 but for matrices). Every parameter is in one group; the order is that of `named`."
     groups = {}
     for name, parameter in named:
-        rule = (2.0 if re.search(r"(^|\.)att\.w0$", name) else 1.0, weight_decay if is_matrix(name, parameter) else 0.0)
+        rule = (2.0 if re.search(r"(^|\.)att\.(w0|time_decay)$", name) else 1.0, weight_decay if is_matrix(name, parameter) else 0.0)
         groups.setdefault(rule, []).append(parameter)
     return [{"params": params, "lr_scale": scale, "weight_decay": decay} for (scale, decay), params in groups.items()]
 
