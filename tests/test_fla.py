@@ -16,7 +16,8 @@ NAMES = {"7": "y last dr dw dk dv da db dstate dinitial".split(), "6": "y last d
 CASES = [(version, *case) for version in "76" for case in [
     ((2, 1, 1, 64), "mild", "state", False), ((2, 1, 1, 64), "mild", "both", True), ((1, 17, 2, 64), "mild", "none", False), ((2, 17, 1, 64), "floor", "both", True),
     ((2, 17, 1, 32), "mild", "initial", True), ((2, 17, 1, 16), "mild", "state", False), ((1, 257, 1, 64), "mild", "both", True), ((1, 257, 1, 64), "floor", "state", False)]]
-BAR = 2e-6      # float32 sums of 257 terms in another order; what the loop itself is off by in float32 is 1e-7 to 4e-7
+# float32 sums of 257 terms in another order; the loop itself is off by 1e-7 to 4e-7 in float32. fla's RWKV-6 takes differences of running sums over 64 tokens, which costs one digit, and two at the strongest decays.
+BARS = {("7", "mild"): 2e-6, ("7", "floor"): 2e-6, ("6", "mild"): 1e-5, ("6", "floor"): 5e-5}
 
 
 def measure(version, shape, decay, begin, cuts):
@@ -42,7 +43,7 @@ def measure(version, shape, decay, begin, cuts):
 
     there = [n for n, x in zip(NAMES[version][2:], inputs) if x is not None]
     ours, truth = everything(getattr(fla, f"wkv{version}_fla"), torch.float32), everything(getattr(loop, f"wkv{version}_loop"), torch.float64)
-    return {n: float((x.double() - t).norm() / t.norm().clamp_min(1e-30)) for n, x, t in zip([*NAMES[version][:2], *there], ours, truth)}
+    return {n: float((x.detach().double() - t.detach()).norm() / t.detach().norm().clamp_min(1e-30)) for n, x, t in zip([*NAMES[version][:2], *there], ours, truth)}
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def distances():
 
 
 @pytest.mark.parametrize("i", range(len(CASES)), ids=[str(c) for c in CASES])
-def test_every_output_and_gradient(distances, i): assert max(distances[i].values()) < BAR, distances[i]
+def test_every_output_and_gradient(distances, i): assert max(distances[i].values()) < BARS[CASES[i][0], CASES[i][2]], distances[i]
 
 
 def test_documents_of_a_reset_first_token():

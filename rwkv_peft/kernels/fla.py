@@ -66,7 +66,7 @@ def wkv7_fla(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, s
 
     return packed(operator, [v, w, r, k, a, b], state, initial, resets)
 
-# %% ../../nbs/kernels/70_fla.ipynb #a381673a
+# %% ../../nbs/kernels/70_fla.ipynb #949c4c3e
 def wkv6_fla(r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor | None = None, initial: Tensor | None = None,
              resets: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The RWKV-6 recurrence by fla's `chunk_rwkv6` (Triton, GPU), differentiable once in every input.
@@ -77,6 +77,6 @@ def wkv6_fla(r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tenso
 
     def operator(sequences, beginning, bounds):
         v, w, r, k = (x.contiguous() for x in sequences)
-        return chunk_rwkv6(r, k, v, w, u.to(v.dtype).contiguous(), scale=1.0, initial_state=beginning, output_final_state=True, cu_seqlens=bounds)
+        return chunk_rwkv6(r, k, v, w.clamp_min(-30), u.to(v.dtype).contiguous(), scale=1.0, initial_state=beginning, output_final_state=True, cu_seqlens=bounds)
 
     return packed(operator, [v, w, r, k], state, initial, resets)
