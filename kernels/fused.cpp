@@ -200,17 +200,17 @@ extern "C" void after_backward(int rows, int H, int N, float eps, int threads, c
     });
 }
 
-// [relu squared] rows of 1024 numbers, the last one shorter
+// [relu squared] y = max(x, 0)^2 and dx = 2 sqrt(y) g, in rows of 1024 numbers, the last one shorter
 extern "C" void relu_squared_forward(int64_t n, int threads, const float* x, float* out) {
     each_row((n + 1023) / 1024, 0, threads, nullptr, [=](size_t row, float*) {
         const int64_t from = row * 1024, to = from + 1024 < n ? from + 1024 : n;
-        SIMD for (int64_t i = from; i < to; i++) { float z = x[i] > 0.f ? x[i] : 0.f; out[i] = z * z; }
+        SIMD for (int64_t i = from; i < to; i++) { float z = x[i] < 0.f ? 0.f : x[i]; out[i] = z * z; }     // written so that a NaN stays one
     });
 }
-extern "C" void relu_squared_backward(int64_t n, int threads, const float* x, const float* g, float* dx) {
+extern "C" void relu_squared_backward(int64_t n, int threads, const float* y, const float* g, float* dx) {
     each_row((n + 1023) / 1024, 0, threads, nullptr, [=](size_t row, float*) {
         const int64_t from = row * 1024, to = from + 1024 < n ? from + 1024 : n;
-        SIMD for (int64_t i = from; i < to; i++) { float z = x[i] > 0.f ? x[i] : 0.f; dx[i] = 2.f * z * g[i]; }
+        SIMD for (int64_t i = from; i < to; i++) dx[i] = 2.f * sqrtf(y[i]) * g[i];
     });
 }
 // [end]

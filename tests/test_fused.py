@@ -80,6 +80,13 @@ def test_a_reset_hides_the_token_before_and_blocks_its_gradient(dtype):
     assert x.grad[0].tolist() == [[1] * 3, [0] * 3, [1] * 3, [0] * 3] and last.grad.abs().sum() == 0
 
 
+def test_relu_squared_keeps_its_output_alone_and_lets_nan_through():
+    x, kept = torch.randn(3, 5, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t): y = fused.relu_squared(x * 1)
+    assert not native_status()[0] or [t.data_ptr() for t in kept if t.numel() == 15] == [y.data_ptr()]
+    assert fused.relu_squared(torch.tensor([float("nan"), -1., 2.])).isnan().tolist() == [True, False, False]
+
+
 def test_key_of_zeros():
     tensors, _, rest = arguments("before", 1, 2, 1, 4)
     tensors[1] = tensors[1].clone()

@@ -196,7 +196,7 @@ def after_wkv7(y: Tensor, r: Tensor, k: Tensor, v: Tensor, g: Tensor, r_k: Tenso
     if not fused(y, r, k, v, g, r_k, weight, bias): return after_formula(y, r, k, v, g, r_k, weight, bias, eps)
     return after_op(y.reshape(r.shape), *(x.contiguous() for x in (r, k, v, g, r_k)), weight.reshape(-1), bias.reshape(-1), eps)
 
-# %% ../../nbs/kernels/40_fused.ipynb #c8fd08c0
+# %% ../../nbs/kernels/40_fused.ipynb #c4345c6e
 @torch.library.custom_op("rwkv_peft::relu_squared", mutates_args=(), device_types="cpu")
 def _relu_squared_op(x: Tensor) -> Tensor:
     "`relu_squared` in C++."
@@ -205,16 +205,16 @@ def _relu_squared_op(x: Tensor) -> Tensor:
     return out
 
 @torch.library.custom_op("rwkv_peft::relu_squared_backward", mutates_args=(), device_types="cpu")
-def _relu_squared_backward_op(x: Tensor, gradient: Tensor) -> Tensor:
-    "2 max(x, 0) times the gradient."
-    out = torch.empty_like(x)
-    call("relu_squared_backward", ctypes.c_int64(x.numel()), torch.get_num_threads(), x, gradient, out)
+def _relu_squared_backward_op(y: Tensor, gradient: Tensor) -> Tensor:
+    "2 max(x, 0) times the gradient, from y = max(x, 0)²: the next matrix keeps y anyway, so x need not be kept beside it."
+    out = torch.empty_like(y)
+    call("relu_squared_backward", ctypes.c_int64(y.numel()), torch.get_num_threads(), y, gradient, out)
     return out
 
 _relu_squared_op.register_fake(lambda x: torch.empty_like(x))
-_relu_squared_backward_op.register_fake(lambda x, gradient: torch.empty_like(x))
+_relu_squared_backward_op.register_fake(lambda y, gradient: torch.empty_like(y))
 _relu_squared_op.register_autograd(lambda ctx, gradient: _relu_squared_backward_op(*ctx.saved_tensors, gradient.contiguous()),
-                                  setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+                                  setup_context=lambda ctx, inputs, output: ctx.save_for_backward(output))
 
 # %% ../../nbs/kernels/40_fused.ipynb #75e7f334
 def relu_squared(x: Tensor) -> Tensor:

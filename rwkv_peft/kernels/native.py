@@ -14,8 +14,8 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-# %% ../../nbs/kernels/30_native.ipynb #8a8c8d19
-VERSION = 1    # of the C functions' arguments; kernels/wkv7.cpp says the same
+# %% ../../nbs/kernels/30_native.ipynb #9f6231c3
+VERSION = 2    # of the C functions' arguments; kernels/wkv7.cpp says the same
 
 # %% ../../nbs/kernels/30_native.ipynb #1f3802c3
 @functools.cache
