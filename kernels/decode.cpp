@@ -2,11 +2,10 @@
 // W is (N, K), float32 or int8 with a float32 scale for each row: weights are converted in registers, x stays float32.
 // Each y[m][n] is a sum in one fixed order, whatever M, the neighbours and the threads are.
 #include "vec.h"
-#include <type_traits>
 
-constexpr int TOGETHER = W == 16 ? 4 : 2;      // rows of x that share one reading of W: with four vectors of W, their sums fit the registers
+constexpr int TOGETHER = W == 16 ? 4 : 2;      // rows of x that share one reading of W: with four sums each, they fit the registers
 constexpr size_t WORTH = 1 << 16;              // numbers in W from which a second thread pays
-constexpr int AHEAD = 8192;                    // bytes between what is read and what is asked for
+constexpr int AHEAD = 16384;                   // bytes between what is read and what is asked for
 
 static inline vec take(const float* p) { return load(p); }
 static inline vec take(const int8_t* p) {
@@ -18,52 +17,35 @@ static inline vec take(const int8_t* p) {
     return vec{(float)p[0], (float)p[1], (float)p[2], (float)p[3]};
 #endif
 }
+
 // [few_rows]
-// M rows of x with R rows of W: M * R sums run along K together, a vector at a time
-template <int M, int R, class Weight>
-static void along(int K, int N, const float* x, const Weight* weight, const float* scale, float* y) {
-    vec sums[M][R], w[R];
-    UNROLL for (int m = 0; m < M; m++) UNROLL for (int i = 0; i < R; i++) sums[m][i] = vec{};
-    const char* soon = (const char*)weight + AHEAD;
+// M rows of x with one row of W: each product is four sums of vectors along K, so that none waits for the one before
+template <int M, class Weight>
+static void along(int K, int N, const float* x, const Weight* row, float scale, float* y) {
+    vec sums[M][4], w[4];
+    UNROLL for (int m = 0; m < M; m++) UNROLL for (int i = 0; i < 4; i++) sums[m][i] = vec{};
     int k = 0;
-    for (; k + W <= K; k += W, soon += R * W * sizeof(Weight)) {
-        UNROLL for (int i = 0; i < R * W * (int)sizeof(Weight); i += 64) __builtin_prefetch(soon + i);
-        UNROLL for (int i = 0; i < R; i++) w[i] = take(weight + (size_t)i * K + k);
-        UNROLL for (int m = 0; m < M; m++) {
-            vec row = load(x + (size_t)m * K + k);
-            UNROLL for (int i = 0; i < R; i++) sums[m][i] += row * w[i];
-        }
+    for (; k + 4 * W <= K; k += 4 * W) {
+        for (int i = 0; i < 4 * W * (int)sizeof(Weight); i += 64) __builtin_prefetch((const char*)(row + k) + AHEAD + i);
+        UNROLL for (int i = 0; i < 4; i++) w[i] = take(row + k + i * W);
+        UNROLL for (int m = 0; m < M; m++) UNROLL for (int i = 0; i < 4; i++) sums[m][i] += load(x + (size_t)m * K + k + i * W) * w[i];
     }
-    UNROLL for (int m = 0; m < M; m++) UNROLL for (int i = 0; i < R; i += 4) {
-        float alone[4], *to = R > 1 ? y + (size_t)m * N + i : alone;
-        sum4(to, sums[m][i], sums[m][(i + 1) % R], sums[m][(i + 2) % R], sums[m][(i + 3) % R]);
-        if (R == 1) y[(size_t)m * N] = alone[0];
-    }
-    if (k == K && !scale) return;
-    for (int m = 0; m < M; m++) for (int i = 0; i < R; i++) {
-        float& to = y[(size_t)m * N + i];
-        for (int j = k; j < K; j++) to += x[(size_t)m * K + j] * weight[(size_t)i * K + j];
-        if (scale) to *= scale[i];
+    for (int m = 0; m < M; m++) {
+        float all = sum((sums[m][0] + sums[m][1]) + (sums[m][2] + sums[m][3]));
+        for (int j = k; j < K; j++) all += x[(size_t)m * K + j] * row[j];
+        y[(size_t)m * N] = all * scale;
     }
 }
 // [end]
 
-template <int R, class Weight>
-static void together(int M, int K, int N, const float* x, const Weight* weight, const float* scale, float* y) {
-    int m = 0;
-    for (; R <= 4 && m + TOGETHER <= M; m += TOGETHER) along<TOGETHER, R <= 4 ? R : 4>(K, N, x + (size_t)m * K, weight, scale, y + (size_t)m * N);
-    for (; m < M; m++) along<1, R>(K, N, x + (size_t)m * K, weight, scale, y + (size_t)m * N);
-}
-
 template <class Weight>
 static void product(int M, int K, int N, int threads, const float* x, const Weight* weight, const float* scale, float* y) {
-    const int R = M == 1 ? 8 : 4;
     #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && (size_t)N * K >= WORTH)
-    for (int n = 0; n < N; n += R) {
-        auto rows = [&](auto step, int at) { together<decltype(step)::value>(M, K, N, x, weight + (size_t)at * K, scale ? scale + at : nullptr, y + at); };
-        if (n + R > N) for (int at = n; at < N; at++) rows(std::integral_constant<int, 1>{}, at);
-        else if (M == 1) rows(std::integral_constant<int, 8>{}, n);
-        else rows(std::integral_constant<int, 4>{}, n);
+    for (int n = 0; n < N; n++) {
+        const Weight* row = weight + (size_t)n * K;
+        int m = 0;
+        for (; m + TOGETHER <= M; m += TOGETHER) along<TOGETHER>(K, N, x + (size_t)m * K, row, scale ? scale[n] : 1.f, y + (size_t)m * N + n);
+        for (; m < M; m++) along<1>(K, N, x + (size_t)m * K, row, scale ? scale[n] : 1.f, y + (size_t)m * N + n);
     }
 }
 
