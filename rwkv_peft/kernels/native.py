@@ -39,14 +39,14 @@ def native_status() -> tuple[bool, str]:
     lib, reason = library()
     return lib is not None, reason
 
-# %% ../../nbs/kernels/30_native.ipynb #f1311ff5
+# %% ../../nbs/kernels/30_native.ipynb #b7bab6ef
 def _pointer(x):
     "What a C function gets for `x`: the address of a contiguous tensor, a table of addresses for a list of them, null for None, a C float or int for a number."
+    if isinstance(x, Tensor):
+        if not x.is_contiguous(): raise ValueError(f"a native kernel got a tensor of shape {tuple(x.shape)} whose rows aren't contiguous: call .contiguous() on it first")
+        return ctypes.c_void_p(x.data_ptr())
     if isinstance(x, list): return (ctypes.c_void_p * len(x))(*(None if t is None else _pointer(t).value for t in x))
-    if isinstance(x, float): return ctypes.c_float(x)
-    if not isinstance(x, Tensor): return x
-    if not x.is_contiguous(): raise ValueError(f"a native kernel got a tensor of shape {tuple(x.shape)} whose rows aren't contiguous: call .contiguous() on it first")
-    return ctypes.c_void_p(x.data_ptr())
+    return ctypes.c_float(x) if isinstance(x, float) else x
 
 def call(name: str, *arguments):
     "Call a function of the compiled library."
