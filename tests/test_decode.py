@@ -5,6 +5,7 @@ from rwkv_peft.kernels.few_rows import few_rows, few_rows_int8, few_rows_int8_op
 from rwkv_peft.kernels.native import at_once
 from rwkv_peft.model.rwkv import RWKV, RWKVConfig
 from rwkv_peft.model.sample import Prefixes, SampleError, Sampler, generate, generate_batch
+from rwkv_peft.model.step import step
 from rwkv_peft.model.tokenizer import Bytes
 
 greedy = Sampler(temperature=0, presence=0, frequency=0)
@@ -99,6 +100,46 @@ def test_token_by_token_equals_sequence_mode(model, backend, B):
         assert off(torch.cat(logits, 1), whole[0].detach().double()) < 1e-5
         assert off(state.wkv, whole[1].wkv.detach().double()) < 1e-5
     finally: model.backend = "auto"
+
+
+@pytest.mark.parametrize("B, sizes", [(1, {}), (3, dict(n_embd=96, head_size=32, dim_ffn=100, w_rank=5, a_rank=33, v_rank=16, g_rank=7)), (16, dict(n_layer=1, n_embd=60, head_size=20))])
+def test_one_call_a_layer_equals_sequence_mode(B, sizes):
+    model = tiny(**sizes)
+    tokens = torch.randint(1, 257, (B, 21), generator=torch.Generator().manual_seed(4))
+    whole, last = model(tokens)
+    with torch.no_grad():
+        _, state = model(tokens[:, :3])
+        kept, outs = state.clone(), []
+        for t in range(3, 21):
+            x, state = step(model, tokens[:, t:t + 1], state)
+            outs.append(model.head(x))
+        assert off(torch.cat(outs, 1), whole[:, 3:].detach().double()) < 1e-5
+        for got, want in zip(vars(state).values(), vars(last).values()): assert off(got, want.detach().double()) < 1e-5
+        step(model, tokens[:, 3:4], kept)
+        assert all(torch.equal(a, b) for a, b in zip(vars(kept).values(), vars(model(tokens[:, :3])[1]).values()))
+
+
+def test_one_call_a_layer_stands_aside_for_everything_else():
+    from rwkv_peft.peft.adapters import attach
+    from rwkv_peft.peft.lora import LoRA
+    model, one = tiny(), torch.tensor([[5]])
+    _, state = model(one)
+    state = state.detach()
+    assert step(model, one, state) is None                                   # gradients
+    with torch.no_grad():
+        assert step(model, one, state) is not None
+        assert step(model, one, None) is None and step(model, torch.tensor([[5, 6]]), state) is None
+        hook = model.blocks[1].ln2.register_forward_hook(lambda *seen: None)
+        assert step(model, one, state) is None
+        hook.remove()
+        model.backend = "chunk"
+        assert step(model, one, state) is None
+        model.backend = "auto"
+        assert step(model.double(), one, state.to(dtype=torch.float64)) is None
+        attach(model.float(), LoRA(r=2))
+        assert step(model, one, state) is None
+        wide, many = tiny(), torch.full((17, 1), 5)
+        assert step(wide, many, wide(many)[1]) is None
 
 
 PROMPTS = ["Once upon a time", "Once", "Once upon", "O", "Twice and more often than that, " * 3]

@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['ban', 'penalise', 'softmax', 'keep_top_p', 'keep_top_k', 'temper', 'draw', 'SampleError', 'Sampler', 'count',
-           'release', 'read', 'Prefixes', 'Generation', 'generate', 'join', 'generate_batch', 'numbered', 'share',
-           'write_together']
+           'release', 'read', 'Prefixes', 'Generation', 'generate', 'join', 'generate_batch', 'share', 'write_together']
 
-# %% ../../nbs/model/70_sample.ipynb #26c7e596
+# %% ../../nbs/model/70_sample.ipynb #435f6076
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from os.path import commonprefix
 import numpy as np
 import torch
 from .state import State
+from .step import step
 from .tokenizer import Bytes, Stream, World
 
 # %% ../../nbs/model/70_sample.ipynb #fd8fcf3f
@@ -119,14 +119,14 @@ def release(text: str, stops: tuple[str, ...]) -> tuple[str, str, bool]:
     wait = max((n for stop in stops for n in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:n])), default=0)
     return text[:len(text) - wait], text[len(text) - wait:], False
 
-# %% ../../nbs/model/70_sample.ipynb #61de1fa3
+# %% ../../nbs/model/70_sample.ipynb #db2665d7
 def read(model, rows: list[list[int]], state: State | None = None) -> tuple[np.ndarray, State]:
     "Let the model read B rows of tokens, equally many each, after `state` (B rows, or None at a document's start): scores of the next token (B, V), and the new state. No gradients, no dropout."
     training, tokens = model.training, torch.tensor(rows, device=model.emb.weight.device)
     if training: model.eval()
     try:
         with torch.no_grad():
-            for piece in tokens.split(1024, dim=1): x, state = model.hidden(piece, state)
+            for piece in tokens.split(1024, dim=1): x, state = step(model, piece, state) or model.hidden(piece, state)
             return model.head(x[:, -1]).float().cpu().numpy(), state
     finally:
         if training: model.train()
@@ -224,21 +224,21 @@ def join(states: list[State]) -> State:
     "The rows of several states, one after the other, as one state."
     return State(*(torch.cat([getattr(state, field.name) for state in states], 1) for field in fields(State)))
 
-# %% ../../nbs/model/70_sample.ipynb #55e454d7
+# %% ../../nbs/model/70_sample.ipynb #5522ddba
 def generate_batch(model, prompts: list[str | list[int]], max_tokens: int = 200, sampler: Sampler | list[Sampler] | None = None, stop: tuple[str, ...] = ("\n\nUser:",),
                    state: State | None = None, tokenizer: World | Bytes | None = None, prefixes: Prefixes | None = None) -> list[Generation]:
     """Continue several prompts at once; a finished Generation (`text`, `tokens`, `finished`, `state`) for each, as `generate` would give it alone, up to the rounding of the scores.
 
     sampler: one for all (its seed, if set, counts up from row to row), or one for each. state: one row, from which every prompt goes on. The other settings are those of `generate`."""
     if isinstance(prompts, str): raise SampleError("prompts is one text: give a list, or call generate")
-    samplers = sampler if isinstance(sampler, (list, tuple)) else [numbered(sampler or Sampler(), i) for i in range(len(prompts))]
+    samplers = sampler if isinstance(sampler, (list, tuple)) else [_numbered(sampler or Sampler(), i) for i in range(len(prompts))]
     if len(samplers) != len(prompts): raise SampleError(f"there are {len(samplers)} samplers for {len(prompts)} prompts: give one for each, or one for all")
     rows = [generate(model, prompt, max_tokens, each, stop, state, tokenizer, prefixes) for prompt, each in zip(prompts, samplers)]
     share([row for row in rows if not row.finished], prefixes or Prefixes(model, start=state))
     write_together([row for row in rows if not row.finished])
     return rows
 
-def numbered(sampler: Sampler, i: int) -> Sampler: return sampler if sampler.seed is None else replace(sampler, seed=(sampler.seed + i) % 2 ** 32)
+def _numbered(sampler: Sampler, i: int) -> Sampler: return sampler if sampler.seed is None else replace(sampler, seed=(sampler.seed + i) % 2 ** 32)
 
 # %% ../../nbs/model/70_sample.ipynb #db71bf9a
 def share(rows: list[Generation], prefixes: Prefixes) -> None:
