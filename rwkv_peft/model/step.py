@@ -15,13 +15,16 @@ from .rwkv import RWKV
 from .state import State
 from .v7 import Block, ChannelMix, LERPS, TimeMix
 
-# %% ../../nbs/model/65_step.ipynb #5e422a2e
+# %% ../../nbs/model/65_step.ipynb #c7faf4d0
 PLAIN = {Block, TimeMix, ChannelMix, Linear, nn.LayerNorm, nn.GroupNorm}
 
 def plain(block: nn.Module) -> bool:
     "Whether nothing was put on or into this layer."
-    if type(block) is not Block or any(type(part) is Linear and part.bias is not None for part in block.modules()) or (block.ln1.eps, block.ln2.eps, block.att.ln_x.eps) != (1e-5, 1e-5, 64e-5): return False
-    return all(type(part) in PLAIN and not (part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part)) for part in block.modules())
+    if type(block) is not Block: return False
+    att, ffn, norms = block.att, block.ffn, (block.ln1, block.ln2, block.att.ln_x)
+    linears = (att.receptance, att.key, att.value, att.output, ffn.key, ffn.value)
+    if any(type(part) not in PLAIN or part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__ for part in (block, att, ffn, *norms, *linears)): return False
+    return all(linear.adapter is None and linear.bias is None for linear in linears) and [norm.eps for norm in norms] == [1e-5, 1e-5, 64e-5]
 
 # %% ../../nbs/model/65_step.ipynb #e6e4cac0
 def tensors_of(block: Block) -> list[Tensor | None]:
