@@ -132,6 +132,9 @@ def test_one_call_a_layer_stands_aside_for_everything_else():
         hook = model.blocks[1].ln2.register_forward_hook(lambda *seen: None)
         assert step(model, one, state) is None
         hook.remove()
+        att, model.blocks[0].att = model.blocks[0].att, torch.nn.Identity()
+        assert step(model, one, state) is None
+        model.blocks[0].att = att
         model.backend = "chunk"
         assert step(model, one, state) is None
         model.backend = "auto"

@@ -15,12 +15,12 @@ from .rwkv import RWKV
 from .state import State
 from .v7 import Block, ChannelMix, LERPS, TimeMix
 
-# %% ../../nbs/model/65_step.ipynb #c7faf4d0
+# %% ../../nbs/model/65_step.ipynb #50b85742
 PLAIN = {Block, TimeMix, ChannelMix, Linear, nn.LayerNorm, nn.GroupNorm}
 
 def plain(block: nn.Module) -> bool:
     "Whether nothing was put on or into this layer."
-    if type(block) is not Block: return False
+    if type(block) is not Block or type(block.att) is not TimeMix or type(block.ffn) is not ChannelMix: return False
     att, ffn, norms = block.att, block.ffn, (block.ln1, block.ln2, block.att.ln_x)
     linears = (att.receptance, att.key, att.value, att.output, ffn.key, ffn.value)
     if any(type(part) not in PLAIN or part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__ for part in (block, att, ffn, *norms, *linears)): return False
