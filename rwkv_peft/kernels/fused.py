@@ -7,14 +7,14 @@ __all__ = ['fused', 'shifted', 'mix_formula', 'mix_op', 'mix_backward_op', 'mix'
            'before_backward_op', 'before_wkv7', 'after_formula', 'after_op', 'after_backward_op', 'after_wkv7',
            'relu_squared']
 
-# %% ../../nbs/kernels/40_fused.ipynb #675b6448
+# %% ../../nbs/kernels/40_fused.ipynb #0149f5b1
 import ctypes
 import math
 from typing import List, Optional, Tuple
 import torch
 from torch import Tensor
 from torch.nn.functional import group_norm, normalize
-from .native import call, native_status
+from .native import at_once, call, native_status
 
 # %% ../../nbs/kernels/40_fused.ipynb #87b11ab1
 def fused(*tensors: Tensor | None) -> bool:
@@ -66,12 +66,12 @@ def _mix_gradient(ctx, gradients):
 
 mix_op.register_autograd(_mix_gradient, setup_context=_mix_remember)
 
-# %% ../../nbs/kernels/40_fused.ipynb #ad5c7748
+# %% ../../nbs/kernels/40_fused.ipynb #692f43e0
 def mix(x: Tensor, last: Tensor, mus: Tensor, resets: Tensor | None = None) -> tuple[Tensor, ...]:
     """Token shift: `x + (shift(x) - x) * mu` for each of the M rows of mus (M, C), a tuple of M tensors (B, T, C).
 
     x: (B, T, C) after its layer norm; last: (B, C), the token before this piece, zeros at a document's start; resets: (B, T) bool, tokens whose predecessor counts as zero."""
-    if fused(x, last, mus): return tuple(mix_op(x.contiguous(), last.contiguous(), mus.contiguous(), None if resets is None else resets.contiguous()))
+    if fused(x, last, mus): return tuple(at_once(mix_op, x.contiguous(), last.contiguous(), mus.contiguous(), None if resets is None else resets.contiguous()))
     return mix_formula(x, last, mus, resets)
 
 # %% ../../nbs/kernels/40_fused.ipynb #bba39663
@@ -129,7 +129,7 @@ def _before_gradient(ctx, gradients):
 
 before_op.register_autograd(_before_gradient, setup_context=_before_remember)
 
-# %% ../../nbs/kernels/40_fused.ipynb #0cbf2183
+# %% ../../nbs/kernels/40_fused.ipynb #5e8539de
 def before_wkv7(decay: Tensor, k: Tensor, v: Tensor, iclr: Tensor, v_mix: Tensor | None, v_first: Tensor | None,
                 w0: Tensor, a0: Tensor, v0: Tensor | None, k_k: Tensor, k_a: Tensor, head_size: int) -> tuple[Tensor, ...]:
     """What `wkv7` takes, (w, k, v, a, b), from what the projections give (RWKV-7's official x070 formulas), all (B, T, C).
@@ -138,7 +138,7 @@ def before_wkv7(decay: Tensor, k: Tensor, v: Tensor, iclr: Tensor, v_mix: Tensor
     w is the natural log of the decay, within (-0.6065, 0)."""
     inputs = (decay, k, v, iclr, v_mix, v_first, w0, a0, v0, k_k, k_a)
     if not fused(*inputs): return before_formula(*inputs, head_size)
-    w, k, a, b, *new = before_op(*(None if x is None else x.contiguous() for x in inputs[:6]), *(None if x is None else x.reshape(-1) for x in inputs[6:]), head_size)
+    w, k, a, b, *new = at_once(before_op, *(None if x is None else x.contiguous() for x in inputs[:6]), *(None if x is None else x.reshape(-1) for x in inputs[6:]), head_size)
     return w, k, *(new or [v]), a, b
 
 # %% ../../nbs/kernels/40_fused.ipynb #e7c46415
@@ -188,13 +188,13 @@ def _after_gradient(ctx, gradient):
 
 after_op.register_autograd(_after_gradient, setup_context=_after_remember)
 
-# %% ../../nbs/kernels/40_fused.ipynb #ad5d3bcb
+# %% ../../nbs/kernels/40_fused.ipynb #2f135957
 def after_wkv7(y: Tensor, r: Tensor, k: Tensor, v: Tensor, g: Tensor, r_k: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """`(group_norm(y) + (sum over a head of r k r_k) v) * g`, (B, T, C).
 
     y: the recurrence's output; r, k, v, g: (B, T, C), k and v as `before_wkv7` returned them; r_k: (H, N); weight, bias: C elements; eps: the group norm's (official files: 64e-5)."""
     if not fused(y, r, k, v, g, r_k, weight, bias): return after_formula(y, r, k, v, g, r_k, weight, bias, eps)
-    return after_op(y.reshape(r.shape), *(x.contiguous() for x in (r, k, v, g, r_k)), weight.reshape(-1), bias.reshape(-1), eps)
+    return at_once(after_op, y.reshape(r.shape), *(x.contiguous() for x in (r, k, v, g, r_k)), weight.reshape(-1), bias.reshape(-1), eps)
 
 # %% ../../nbs/kernels/40_fused.ipynb #c4345c6e
 @torch.library.custom_op("rwkv_peft::relu_squared", mutates_args=(), device_types="cpu")
@@ -216,7 +216,7 @@ _relu_squared_backward_op.register_fake(lambda y, gradient: torch.empty_like(y))
 _relu_squared_op.register_autograd(lambda ctx, gradient: _relu_squared_backward_op(*ctx.saved_tensors, gradient.contiguous()),
                                   setup_context=lambda ctx, inputs, output: ctx.save_for_backward(output))
 
-# %% ../../nbs/kernels/40_fused.ipynb #75e7f334
+# %% ../../nbs/kernels/40_fused.ipynb #2d7c9491
 def relu_squared(x: Tensor) -> Tensor:
     "max(x, 0)², of any shape."
-    return _relu_squared_op(x.contiguous()) if fused(x) else torch.relu(x) ** 2
+    return at_once(_relu_squared_op, x.contiguous()) if fused(x) else torch.relu(x) ** 2

@@ -6,5 +6,5 @@ _public = {"World": "tokenizer", "Bytes": "tokenizer", "Stream": "tokenizer", "t
            "State": "state", "save_state": "state", "load_state": "state",
            "RWKV": "rwkv", "RWKVConfig": "rwkv",
            "load": "checkpoint", "save": "checkpoint", "official": "checkpoint", "fingerprint": "checkpoint",
-           "Sampler": "sample", "generate": "sample"}
+           "Sampler": "sample", "generate": "sample", "generate_batch": "sample", "Prefixes": "sample"}
 __getattr__, __dir__ = lazy(__name__, _public)

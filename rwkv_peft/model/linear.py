@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['Linear']
 
-# %% ../../nbs/model/20_linear.ipynb #0a56428b
+# %% ../../nbs/model/20_linear.ipynb #01f8c239
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
+from ..kernels.few_rows import few_rows
 
-# %% ../../nbs/model/20_linear.ipynb #06f6ca02
+# %% ../../nbs/model/20_linear.ipynb #3edbc2ec
 class Linear(nn.Linear):
     """An `nn.Linear` with a slot for one adapter. weight: (out_features, in_features), as in official files.
 
@@ -21,7 +22,8 @@ class Linear(nn.Linear):
         self.register_module("adapter", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias) if self.adapter is None else self.adapter(x, self)
+        if self.adapter is not None: return self.adapter(x, self)
+        return few_rows(x, self.weight) if self.bias is None and not torch.is_grad_enabled() else linear(x, self.weight, self.bias)
 
     def dense(self) -> Tensor:
         "The weight as a dense (out_features, in_features) tensor, however it is stored."

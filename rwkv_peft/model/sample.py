@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['ban', 'penalise', 'softmax', 'keep_top_p', 'keep_top_k', 'temper', 'draw', 'SampleError', 'Sampler', 'count',
-           'release', 'Generation', 'generate']
+           'release', 'read', 'Prefixes', 'Generation', 'generate', 'join', 'generate_batch', 'share', 'write_together']
 
-# %% ../../nbs/model/70_sample.ipynb #0c322e2b
+# %% ../../nbs/model/70_sample.ipynb #435f6076
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from os.path import commonprefix
 import numpy as np
 import torch
 from .state import State
+from .step import step
 from .tokenizer import Bytes, Stream, World
 
 # %% ../../nbs/model/70_sample.ipynb #fd8fcf3f
@@ -62,7 +64,7 @@ def draw(p: np.ndarray, rng: np.random.RandomState) -> int:
 class SampleError(ValueError):
     "A setting, a prompt or scores from which no text can be drawn, in one sentence."
 
-# %% ../../nbs/model/70_sample.ipynb #c8bbd9e9
+# %% ../../nbs/model/70_sample.ipynb #82b8dcb9
 @dataclass(frozen=True)
 class Sampler:
     "Settings of the stages above, applied in the order of the `rwkv` package (0.8.32, `PIPELINE.generate`). A SampleError names a setting that can't be."
@@ -96,7 +98,11 @@ class Sampler:
         return out
 
     def pick(self, scores: np.ndarray, seen: dict[int, float], rng: np.random.RandomState) -> int:
-        "The next token for scores (V,), after what was `seen`."
+        "The next token for scores (V,), after what was `seen`. A clear winner at temperature 0 needs no stages."
+        if self.temperature == 0:
+            lowered = penalise(ban(np.asarray(scores, dtype=np.float32), self.ban), seen, self.presence, self.frequency)
+            best = int(lowered.argmax())
+            if np.isfinite(lowered[best]) and np.count_nonzero(lowered == lowered[best]) == 1: return best
         return draw(self.stages(scores, seen)["temperature"], rng)
 
 # %% ../../nbs/model/70_sample.ipynb #1922a10f
@@ -113,18 +119,62 @@ def release(text: str, stops: tuple[str, ...]) -> tuple[str, str, bool]:
     wait = max((n for stop in stops for n in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:n])), default=0)
     return text[:len(text) - wait], text[len(text) - wait:], False
 
-# %% ../../nbs/model/70_sample.ipynb #5c7365e9
+# %% ../../nbs/model/70_sample.ipynb #db2665d7
+def read(model, rows: list[list[int]], state: State | None = None) -> tuple[np.ndarray, State]:
+    "Let the model read B rows of tokens, equally many each, after `state` (B rows, or None at a document's start): scores of the next token (B, V), and the new state. No gradients, no dropout."
+    training, tokens = model.training, torch.tensor(rows, device=model.emb.weight.device)
+    if training: model.eval()
+    try:
+        with torch.no_grad():
+            for piece in tokens.split(1024, dim=1): x, state = step(model, piece, state) or model.hidden(piece, state)
+            return model.head(x[:, -1]).float().cpu().numpy(), state
+    finally:
+        if training: model.train()
+
+# %% ../../nbs/model/70_sample.ipynb #24ef9198
+class Prefixes:
+    """States of token sequences that `model` has read, at most `limit` of them; `generate(..., prefixes=...)` goes on from the longest that its prompt begins with.
+
+    start: the State that the sequences go on from; None: a document's start. tokens: how many were read; spared: how many were not, because a state was there. Attaching, merging, training
+    or packing weights empties it (it compares the parameters' identities and version counters; writing through `.data` escapes them: call `clear()` then)."""
+
+    def __init__(self, model, limit: int = 16, start: State | None = None):
+        if limit < 1: raise SampleError(f"limit={limit} must be at least 1: it is the number of states that are kept")
+        self.model, self.limit, self.start, self.states, self.tokens, self.spared, self.weights = model, limit, start, {}, 0, 0, None
+
+    def clear(self) -> None: self.states.clear()
+
+    def read(self, ids: list[int]) -> State | None:
+        "The state after `ids`, read from the longest known beginning on, and kept from now on."
+        weights = [(id(x), x._version) for tensors in (self.model.parameters(), self.model.buffers()) for x in tensors]
+        if weights != self.weights: self.clear(); self.weights = weights
+        ids = tuple(ids)
+        if not ids: return self.start
+        known = max((key for key in self.states if key == ids[:len(key)]), key=len, default=())
+        state = self.states.pop(known, self.start)
+        if known: self.states[known] = state                                # the last used stands last
+        if len(known) < len(ids): self.states[ids] = state = read(self.model, [list(ids[len(known):])], state)[1]
+        self.tokens, self.spared = self.tokens + len(ids) - len(known), self.spared + len(known)
+        while len(self.states) > self.limit: self.states.pop(next(iter(self.states)))
+        return state
+
+# %% ../../nbs/model/70_sample.ipynb #e993573b
 class Generation:
     """Pieces of text from a model, as `generate` describes.
 
-    tokens: what was drawn so far; state: a State that has read the prompt and all of `tokens`; finished: why it ended (`stop`, `end`, `length`), or None."""
+    tokens: what was drawn so far; text: what was shown; state: a State that has read the prompt and all of `tokens`; finished: why it ended (`stop`, `end`, `length`), or None."""
 
-    def __init__(self, model, ids: list[int], max_tokens: int, sampler: Sampler, stop: tuple[str, ...], state: State | None, tokenizer: World | Bytes):
-        self.model, self.sampler, self.tokenizer, self.max_tokens, self.stop = model, sampler, tokenizer, max_tokens, stop
-        self.tokens, self.finished, self.unread, self.kept, self.pieces = [], None, ids, state, self.run()
+    def __init__(self, model, ids: list[int], max_tokens: int, sampler: Sampler, stop: tuple[str, ...], state: State | None, tokenizer: World | Bytes, prefixes: Prefixes | None):
+        self.model, self.sampler, self.tokenizer, self.max_tokens, self.stop, self.prefixes = model, sampler, tokenizer, max_tokens, stop, prefixes
+        self.tokens, self.text, self.finished, self.unread, self.kept = [], "", None if max_tokens > 0 else "length", ids, state
+        self.rng, self.seen, self.stream, self.waiting = np.random.RandomState(sampler.seed), {}, Stream(tokenizer), ""
 
     def __iter__(self) -> Iterator[str]: return self
-    def __next__(self) -> str: return next(self.pieces)
+
+    def __next__(self) -> str:
+        while not self.finished:
+            if show := self.write(self.read()): return show
+        raise StopIteration
 
     @property
     def state(self) -> State:
@@ -133,42 +183,82 @@ class Generation:
 
     def read(self) -> np.ndarray:
         "Let the model read what it hasn't, and return the scores of the next token."
-        training, device = self.model.training, self.model.emb.weight.device
-        if training: self.model.eval()
-        try:
-            with torch.no_grad():
-                for piece in torch.tensor([self.unread], device=device).split(1024, dim=1): x, self.kept = self.model.hidden(piece, self.kept)
-                self.unread = []
-                return self.model.head(x[:, -1])[0].float().cpu().numpy()
-        finally:
-            if training: self.model.train()
+        if self.prefixes: self.kept, self.unread, self.prefixes = self.prefixes.read(self.unread[:-1]), self.unread[-1:], None
+        scores, self.kept = read(self.model, [self.unread], self.kept)
+        self.unread = []
+        return scores[0]
 
-    def run(self) -> Iterator[str]:
-        "Draw, count, show, until there is a reason to end."
-        rng, seen, stream, waiting = np.random.RandomState(self.sampler.seed), {}, Stream(self.tokenizer), ""
-        while not self.finished:
-            if len(self.tokens) >= self.max_tokens: self.finished = "length"; break
-            scores = self.read()
-            scores[self.tokenizer.vocab_size:] = -np.inf
-            token = self.sampler.pick(scores, seen, rng)
-            if token == 0: self.finished = "end"; break
+    def write(self, scores: np.ndarray) -> str:
+        "Draw a token by its scores, count it, see whether the text ends with it, and return what may be shown."
+        scores[self.tokenizer.vocab_size:] = -np.inf
+        token = self.sampler.pick(scores, self.seen, self.rng)
+        if token == 0: self.finished, show = "end", ""
+        else:
             self.tokens.append(token)
             self.unread = [token]
-            count(seen, token, self.tokenizer.token_bytes(token), self.sampler.decay)
-            show, waiting, met = release(waiting + stream.push(token), self.stop)
-            if met: self.finished = "stop"
-            if show: yield show
-        if waiting: yield waiting
+            count(self.seen, token, self.tokenizer.token_bytes(token), self.sampler.decay)
+            show, self.waiting, met = release(self.waiting + self.stream.push(token), self.stop)
+            self.finished = "stop" if met else "length" if len(self.tokens) >= self.max_tokens else None
+        if self.finished: show, self.waiting = show + self.waiting, ""
+        self.text += show
+        return show
 
-# %% ../../nbs/model/70_sample.ipynb #88bb8a77
+# %% ../../nbs/model/70_sample.ipynb #7ef859ea
 def generate(model, prompt: str | list[int], max_tokens: int = 200, sampler: Sampler | None = None, stop: tuple[str, ...] = ("\n\nUser:",),
-             state: State | None = None, tokenizer: World | Bytes | None = None) -> Generation:
+             state: State | None = None, tokenizer: World | Bytes | None = None, prefixes: Prefixes | None = None) -> Generation:
     """An iterator over pieces of text that continue `prompt` (text, or token ids taken as they are).
 
-    Ends after `max_tokens`, at token 0, or at one of the strings `stop`, of which nothing is shown. `state`: go on from there; it isn't changed;
-    without one, a prompt that is text starts a document, with token 0.
+    Ends after `max_tokens`, at token 0, or at one of the strings `stop`, of which nothing is shown. `state`: go on from there (one row); it isn't changed;
+    without one, a prompt that is text starts a document, with token 0. `prefixes`: beginnings that were read before, and the place to keep this prompt.
     `sampler` None: `Sampler()`. No gradients, no dropout. A SampleError names an empty prompt or scores that are not finite."""
-    tokenizer = tokenizer or model.tokenizer
-    ids = ([0] if state is None else []) + tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+    if prefixes and prefixes.model is not model: raise SampleError("prefixes belong to another model: make Prefixes(model) for this one")
+    if prefixes and state is not None: raise SampleError("state and prefixes can't both say where a text goes on: make Prefixes(model, start=state)")
+    if state is not None and state.wkv.shape[1] != 1: raise SampleError(f"state has {state.wkv.shape[1]} rows and a text goes on from one: take state.row(i)")
+    tokenizer, fresh = tokenizer or model.tokenizer, state is None and (prefixes is None or prefixes.start is None)
+    ids = ([0] if fresh else []) + tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
     if not ids: raise SampleError("there is nothing to go on from: give a prompt, or leave state out to start a document")
-    return Generation(model, ids, max_tokens, sampler or Sampler(), (stop,) if isinstance(stop, str) else tuple(stop), state, tokenizer)
+    return Generation(model, ids, max_tokens, sampler or Sampler(), (stop,) if isinstance(stop, str) else tuple(stop), state, tokenizer, prefixes)
+
+# %% ../../nbs/model/70_sample.ipynb #05ea0ba0
+def join(states: list[State]) -> State:
+    "The rows of several states, one after the other, as one state."
+    return State(*(torch.cat([getattr(state, field.name) for state in states], 1) for field in fields(State)))
+
+# %% ../../nbs/model/70_sample.ipynb #5522ddba
+def generate_batch(model, prompts: list[str | list[int]], max_tokens: int = 200, sampler: Sampler | list[Sampler] | None = None, stop: tuple[str, ...] = ("\n\nUser:",),
+                   state: State | None = None, tokenizer: World | Bytes | None = None, prefixes: Prefixes | None = None) -> list[Generation]:
+    """Continue several prompts at once; a finished Generation (`text`, `tokens`, `finished`, `state`) for each, as `generate` would give it alone, up to the rounding of the scores.
+
+    sampler: one for all (its seed, if set, counts up from row to row), or one for each. state: one row, from which every prompt goes on. The other settings are those of `generate`."""
+    if isinstance(prompts, str): raise SampleError("prompts is one text: give a list, or call generate")
+    samplers = sampler if isinstance(sampler, (list, tuple)) else [_numbered(sampler or Sampler(), i) for i in range(len(prompts))]
+    if len(samplers) != len(prompts): raise SampleError(f"there are {len(samplers)} samplers for {len(prompts)} prompts: give one for each, or one for all")
+    rows = [generate(model, prompt, max_tokens, each, stop, state, tokenizer, prefixes) for prompt, each in zip(prompts, samplers)]
+    share([row for row in rows if not row.finished], prefixes or Prefixes(model, start=state))
+    write_together([row for row in rows if not row.finished])
+    return rows
+
+def _numbered(sampler: Sampler, i: int) -> Sampler: return sampler if sampler.seed is None else replace(sampler, seed=(sampler.seed + i) % 2 ** 32)
+
+# %% ../../nbs/model/70_sample.ipynb #db71bf9a
+def share(rows: list[Generation], prefixes: Prefixes) -> None:
+    "Let the prompts of `rows` be read through `prefixes`, and first what all of them begin with."
+    begin = commonprefix([row.unread[:-1] for row in rows])
+    if len(rows) > 1 and begin: prefixes.read(begin)
+    for row in rows: row.kept, row.unread, row.prefixes = prefixes.read(row.unread[:-1]), row.unread[-1:], None
+
+# %% ../../nbs/model/70_sample.ipynb #14b76d2f
+def write_together(rows: list[Generation]) -> None:
+    "Write all `rows` to their ends: each reads its prompt alone, then they read token by token together."
+    scores, state = [row.read() for row in rows], None
+    while rows:
+        for row, each in zip(rows, scores): row.write(each)
+        going = [i for i, row in enumerate(rows) if not row.finished]
+        if state is None: state = join([row.kept for row in rows])
+        if len(going) < len(rows):
+            for i, row in enumerate(rows): row.kept = state.row(i).clone()
+            rows = [rows[i] for i in going]
+            if rows: state = join([row.kept for row in rows])
+        if not rows: return
+        scores, state = read(rows[0].model, [row.unread for row in rows], state)
+        for row in rows: row.unread = []
