@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['wkv6_op', 'wkv6_backward_op', 'wkv6_cpu']
 
-# %% ../../nbs/kernels/35_native6.ipynb #19b30715
+# %% ../../nbs/kernels/35_native6.ipynb #3301b4dd
 from typing import Optional
 import torch
 from torch import Tensor
-from .native import EVERY, call
+from .native import EVERY, at_once, call
 
 # %% ../../nbs/kernels/35_native6.ipynb #a3770113
 @torch.library.custom_op("rwkv_peft::wkv6", mutates_args=(), device_types="cpu")
@@ -59,7 +59,7 @@ def _wkv6_gradient(ctx, dy, dlast, dkept):
 
 wkv6_op.register_autograd(_wkv6_gradient, setup_context=_wkv6_remember)
 
-# %% ../../nbs/kernels/35_native6.ipynb #a8cceae5
+# %% ../../nbs/kernels/35_native6.ipynb #2a679619
 def wkv6_cpu(r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor | None = None, initial: Tensor | None = None,
              resets: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The RWKV-6 recurrence in C++ on the CPU, in float32 whatever is given (float64 is refused), differentiable once in every input.
@@ -71,5 +71,5 @@ def wkv6_cpu(r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tenso
         raise ValueError("backend='cpu' computes in float32 and was given float64: use backend='chunk' or 'loop', or convert the tensors")
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     ready = (None if x is None else x.to(torch.float32).contiguous() for x in tensors)
-    y, last, _ = wkv6_op(*ready, None if resets is None else resets.contiguous(), keep)
+    y, last, _ = at_once(wkv6_op, *ready, None if resets is None else resets.contiguous(), keep)
     return y.to(v.dtype), last
