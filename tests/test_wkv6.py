@@ -96,9 +96,11 @@ def test_odd_head_sizes_and_other_beginnings(engine, N, begin):
     assert max(far.values()) < BARS[engine], far
 
 
+@pytest.mark.parametrize("decay", ["mild", "none", "mixed"])
+@pytest.mark.parametrize("T", [1, 40, 257])
 @pytest.mark.parametrize("engine", engines)
-def test_version_5_is_one_decay_for_all_tokens(engine):
-    inputs, resets, dy, dlast = example(2, 40, 2, 16)
+def test_version_5_is_one_decay_for_all_tokens(engine, T, decay):
+    inputs, resets, dy, dlast = example(2, T, 2, 16, decay)
     inputs[1] = inputs[1][0, 0].clone()
     truth = everything(one("loop", wkv5), inputs, resets, dy, dlast, torch.float64)
     far = distance(everything(one(engine, wkv5), inputs, resets, dy, dlast, torch.float32), truth)
