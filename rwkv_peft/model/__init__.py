@@ -1,7 +1,7 @@
 from rwkv_peft import lazy
 
 _public = {"World": "tokenizer", "Bytes": "tokenizer", "Stream": "tokenizer", "tokenizer_for": "tokenizer",
-           "Linear": "linear",
+           "Linear": "linear", "quantize": "quant", "Int8": "quant",
            "CheckpointError": "files",
            "State": "state", "save_state": "state", "load_state": "state",
            "RWKV": "rwkv", "RWKVConfig": "rwkv",

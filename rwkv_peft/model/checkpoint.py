@@ -6,7 +6,7 @@
 __all__ = ['version_of', 'config_of', 'blank', 'layout', 'read', 'shards', 'check', 'bundled', 'locate', 'download',
            'fastest_dtype', 'load', 'base_tensors', 'official', 'save', 'fingerprint']
 
-# %% ../../nbs/model/60_checkpoint.ipynb #2e84dbbd
+# %% ../../nbs/model/60_checkpoint.ipynb #d3741080
 import hashlib
 import json
 import os
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .files import CheckpointError, read_tensors, write_tensors
 from .linear import Linear
 from .names import renamed, to_official
+from .quant import quantize
 from .rwkv import RWKV, RWKVConfig
 
 # %% ../../nbs/model/60_checkpoint.ipynb #ae47cb9e
@@ -172,12 +173,12 @@ def fastest_dtype(device: str | torch.device) -> torch.dtype:
     if torch.device(device).type != "cuda": return torch.float32
     return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
 
-# %% ../../nbs/model/60_checkpoint.ipynb #617906e2
-def load(path_or_name: str | os.PathLike, device=None, dtype: torch.dtype | None = None, quant: str | None = None) -> RWKV:
+# %% ../../nbs/model/60_checkpoint.ipynb #12c2d47a
+def load(path_or_name: str | os.PathLike, device=None, dtype: torch.dtype | None = None, quant: str | None = None, int8_matmul: str = "dequant") -> RWKV:
     """An RWKV of version 5.2, 6 or 7 from a path, a bundled name or `hf://owner/repo/file`; every parameter trainable. `device` None: a GPU if there is one.
 
     `dtype` None: `fastest_dtype`, printed. `time_state`s in the file become tuned states, at least fp32. A CheckpointError says in one sentence why a file can't be used."""
-    if quant not in (None, "none"): raise ValueError(f"quant={quant!r} is not built in yet: leave it out")
+    if quant not in (None, "none", "int8"): raise ValueError(f"quant={quant!r} is not built in yet: use 'int8' or leave it out")
     device, chosen = device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype
     tensors, names = _read(path_or_name)
     dtype, model = dtype or fastest_dtype(device), blank(config_of(tensors))
@@ -190,12 +191,12 @@ def load(path_or_name: str | os.PathLike, device=None, dtype: torch.dtype | None
     model.origin = {name: x.clone() if name in _UNUSED else x.to("meta") for name, x in tensors.items()}
     if names != "official": print(f"{Path(model.source).name}: an RWKV-{model.config.version} with {names} names, read as official ones")
     if chosen is None: print(f"{Path(model.source).name}: {sum(p.numel() for p in model.parameters()):,} parameters as {str(dtype).split('.')[1]} on {device}")
-    return model
+    return quantize(model, quant or "none", int8_matmul)
 
-# %% ../../nbs/model/60_checkpoint.ipynb #ecb56053
+# %% ../../nbs/model/60_checkpoint.ipynb #4c0bfc77
 def base_tensors(model: RWKV) -> dict[str, Tensor]:
     "The base weights and tuned states as the model holds them, under official names; layer 0's unused ones as in the file. Nothing is copied."
-    own = {name: tensor for name, tensor in model.state_dict().items() if ".adapter." not in name}
+    own = {name: tensor for name, tensor in model.state_dict().items() if ".adapter." not in name and ".storage." not in name}
     own |= {f"{name}.weight": part.dense().detach() for name, part in model.named_modules() if isinstance(part, Linear)}
     return own | {name: model.origin[name] for name in _UNUSED if name in model.origin}
 
@@ -227,10 +228,11 @@ def save(model: RWKV, path: str | os.PathLike, dtype: torch.dtype | None = None,
     if held: raise CheckpointError(f"{path} was not written: {held} holds an adapter, so merge or detach it first, or save the adapter alone")
     return write_tensors(renamed(official(model, dtype), model.config.version, names), path)
 
-# %% ../../nbs/model/60_checkpoint.ipynb #64750a7f
+# %% ../../nbs/model/60_checkpoint.ipynb #cfed5845
 def fingerprint(model_or_tensors: RWKV | dict[str, Tensor]) -> str:
     "SHA-256 (hex) of the base weights' names, shapes, and up to 16 rows of each as bfloat16; tuned states, adapters and unused tensors don't count."
     model = model_or_tensors if isinstance(model_or_tensors, nn.Module) else None
+    if getattr(model, "unpacked", None): return model.unpacked      # packed weights are not the ones that it came with
     tensors, stored = (base_tensors(model), model.origin) if model else (model_or_tensors, {})
     digest = hashlib.sha256()
     for name in sorted(tensors):

@@ -83,7 +83,7 @@ def preset(name: str) -> RWKVConfig:
     layers, channels, *ranks = PRESETS[found]
     return RWKVConfig(version, layers, channels, **dict(zip([n for n in suggested(version, channels) if n != "dim_ffn"], ranks)))
 
-# %% ../../nbs/model/50_rwkv.ipynb #2111386d
+# %% ../../nbs/model/50_rwkv.ipynb #b7aa8364
 class RWKV(nn.Module):
     """An RWKV of version 5.2, 6 or 7 as official checkpoints name it: `emb`, `blocks.{i}.ln1`, ..., `ln_out`, `head` (official x052, x060, x070).
 
@@ -101,10 +101,10 @@ class RWKV(nn.Module):
         init_model(self)
 
     @classmethod
-    def load(cls, path_or_name: str | os.PathLike, device=None, dtype: torch.dtype | None = None, quant: str | None = None) -> "RWKV":
+    def load(cls, path_or_name: str | os.PathLike, device=None, dtype: torch.dtype | None = None, quant: str | None = None, int8_matmul: str = "dequant") -> "RWKV":
         "A model from a file, a bundled name or `hf://owner/repo/file`: see `model.checkpoint.load`."
         from rwkv_peft.model.checkpoint import load
-        return load(path_or_name, device, dtype, quant)
+        return load(path_or_name, device, dtype, quant, int8_matmul)
 
     @property
     def tokenizer(self) -> World | Bytes: return self._tokenizer or tokenizer_for(self.config.vocab_size)
@@ -149,13 +149,13 @@ def run_blocks(model: RWKV, x: Tensor, state: State | None, resets: Tensor | Non
         kept.append(after)
     return model.ln_out(x), State(*(torch.stack(parts) for parts in zip(*kept)))
 
-# %% ../../nbs/model/50_rwkv.ipynb #ff7b5682
+# %% ../../nbs/model/50_rwkv.ipynb #d1b5f2a8
 def head_loss(head: nn.Module, x: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
     "Sum over all positions of weights * cross entropy of head(x): x (B, T, C), targets and weights (B, T). Logits exist for one chunk at a time only."
     if targets.shape != x.shape[:2]: raise ValueError(f"targets have the shape {tuple(targets.shape)} and tokens {tuple(x.shape[:2])}: they must agree")
     weights = torch.ones_like(targets, dtype=torch.float32) if weights is None else weights
     rows, targets, weights = x.flatten(0, 1), targets.flatten(), weights.flatten()
-    if type(head) is Linear and head.adapter is None and head.bias is None: return linear_cross_entropy(rows, head.weight, targets, weights)
+    if type(head) is Linear and head.adapter is None and head.bias is None: return linear_cross_entropy(rows, head.weight if head.storage is None else head.storage, targets, weights)
     return head_cross_entropy(rows, head, targets, weights)
 
 # %% ../../nbs/model/50_rwkv.ipynb #f8e840e5

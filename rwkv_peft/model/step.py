@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['PLAIN', 'plain', 'tensors_of', 'fits_step', 'step']
 
-# %% ../../nbs/model/65_step.ipynb #b8c37a13
+# %% ../../nbs/model/65_step.ipynb #8d946891
 import torch
 from torch import Tensor, nn
 from ..kernels.few_rows import FEW
 from ..kernels.native import call, native_status
 from .linear import Linear
+from .quant import Int8
 from .rwkv import RWKV
 from .state import State
 from .v7 import Block, ChannelMix, LERPS, TimeMix
 
-# %% ../../nbs/model/65_step.ipynb #50b85742
+# %% ../../nbs/model/65_step.ipynb #05d7cfcf
 PLAIN = {Block, TimeMix, ChannelMix, Linear, nn.LayerNorm, nn.GroupNorm}
 
 def plain(block: nn.Module) -> bool:
@@ -24,15 +25,15 @@ def plain(block: nn.Module) -> bool:
     att, ffn, norms = block.att, block.ffn, (block.ln1, block.ln2, block.att.ln_x)
     linears = (att.receptance, att.key, att.value, att.output, ffn.key, ffn.value)
     if any(type(part) not in PLAIN or part._forward_hooks or part._forward_pre_hooks or "forward" in part.__dict__ for part in (block, att, ffn, *norms, *linears)): return False
-    return all(linear.adapter is None and linear.bias is None for linear in linears) and [norm.eps for norm in norms] == [1e-5, 1e-5, 64e-5]
+    return all(linear.adapter is None and linear.bias is None and type(linear.storage) in (type(None), Int8) for linear in linears) and [norm.eps for norm in norms] == [1e-5, 1e-5, 64e-5]
 
-# %% ../../nbs/model/65_step.ipynb #e6e4cac0
+# %% ../../nbs/model/65_step.ipynb #de6515cd
 def tensors_of(block: Block) -> list[Tensor | None]:
     "A layer's tensors in the order of `Layer` in kernels/step7.cpp."
     att, ffn, norms = block.att, block.ffn, (block.ln1, block.ln2)
     own = [getattr(att, name, None) for name in (*LERPS, *"w1 w2 a1 a2 g1 g2 v1 v2 w0 a0 v0 k_k k_a r_k".split())]
-    matrices = [linear.weight for linear in (att.receptance, att.key, att.value, att.output, ffn.key, ffn.value)]
-    return [x for norm in norms for x in (norm.weight, norm.bias)] + own + [att.ln_x.weight, att.ln_x.bias, ffn.x_k] + [x for weight in matrices for x in (weight, None)]
+    matrices = [(m.weight, None) if m.storage is None else (m.storage.q, m.storage.scale) for m in (att.receptance, att.key, att.value, att.output, ffn.key, ffn.value)]
+    return [x for norm in norms for x in (norm.weight, norm.bias)] + own + [att.ln_x.weight, att.ln_x.bias, ffn.x_k] + [x for pair in matrices for x in pair]
 
 # %% ../../nbs/model/65_step.ipynb #2c17cf04
 def fits_step(model: nn.Module, tokens: Tensor, state: State | None) -> bool:
@@ -40,16 +41,16 @@ def fits_step(model: nn.Module, tokens: Tensor, state: State | None) -> bool:
     if type(model) is not RWKV or state is None or torch.is_grad_enabled() or tokens.shape[1] != 1 or len(tokens) > FEW or model.backend not in ("auto", "cpu") or not native_status()[0]: return False
     return all(plain(block) for block in model.blocks) and all(x.is_cpu and x.dtype == torch.float32 for x in (state.att_shift, state.wkv, state.ffn_shift, model.emb.weight))
 
-# %% ../../nbs/model/65_step.ipynb #e8c9869f
+# %% ../../nbs/model/65_step.ipynb #fdbe0c9a
 def step(model: RWKV, tokens: Tensor, state: State) -> tuple[Tensor, State] | None:
     "`model.hidden` for one token a row, (B, 1) -> (what the head reads (B, 1, C), the new state), in one C++ call a layer; None where it can't be (`fits_step`). `state` isn't changed."
     if not fits_step(model, tokens, state): return None
     layers = [tensors_of(block) for block in model.blocks]
-    if any(x is not None and not (x.is_cpu and x.dtype == torch.float32 and x.is_contiguous()) for layer in layers for x in layer): return None
+    if any(x is not None and not (x.is_cpu and x.dtype in (torch.float32, torch.int8) and x.is_contiguous()) for layer in layers for x in layer): return None
     x, old = model.blocks[0].ln0(model.emb(tokens))[:, 0].contiguous(), [part.contiguous() for part in (state.att_shift, state.wkv, state.ffn_shift)]
     new, v_first, (B, C) = [torch.empty_like(part) for part in old], torch.empty_like(x), x.shape
     for i, (block, layer) in enumerate(zip(model.blocks, layers)):
         att = block.att
         ranks = [pair.shape[1] for pair in (att.w1, att.a1, att.g1, att.v1 if i else att.a1)]
-        call("step7", B, C, att.head_size, len(block.ffn.key.weight), *ranks, i == 0, torch.get_num_threads(), layer, x, v_first, *(part[i] for part in old + new))
+        call("step7", B, C, att.head_size, block.ffn.key.out_features, *ranks, i == 0, torch.get_num_threads(), layer, x, v_first, *(part[i] for part in old + new))
     return model.ln_out(x)[:, None], State(*new)

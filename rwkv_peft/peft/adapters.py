@@ -106,11 +106,13 @@ def _attached(model: nn.Module, verb: str) -> Attached:
     if not getattr(model, "attached", None): raise MethodError(f"{verb}: nothing is attached to this model; attach(model, LoRA()) comes first")
     return model.attached
 
-# %% ../../nbs/peft/80_adapters.ipynb #86252ad0
+# %% ../../nbs/peft/80_adapters.ipynb #72da8f54
 @torch.no_grad()
 def merge(model: nn.Module) -> nn.Module:
     "Adds every adapter's ΔW to its matrix, in fp32, and removes the adapters; time_states and trained weights stay. Returns the model, bare."
     record = _attached(model, "merge")
+    packed = next((name for name, module in linears(model).items() if module.adapter is not None and module.storage is not None), None)
+    if packed: raise AdapterError(f"merge: {packed} is packed in int8, and a sum would have to be rounded again; save the adapter, load the base without quant, load_adapter and merge there")
     for module in model.modules():
         if not isinstance(module, Linear) or module.adapter is None: continue
         delta = module.adapter.delta()

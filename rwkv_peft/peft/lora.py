@@ -21,7 +21,7 @@ def dropout_mask(x: Tensor, p: float, seed: int) -> Tensor:
     kept = torch.rand(x.shape, device=x.device, generator=generator) >= p
     return kept.to(x.dtype).div_(1 - p)
 
-# %% ../../nbs/peft/10_lora.ipynb #37d126c7
+# %% ../../nbs/peft/10_lora.ipynb #eefda09e
 class LoRAProduct(torch.autograd.Function):
     """`x Wᵀ + s (drop(x) Aᵀ) Bᵀ` for x (..., in), A (r, in), B (out, r) over a `Linear` of any storage.
 
@@ -35,7 +35,7 @@ class LoRAProduct(torch.autograd.Function):
         ctx.seed = int(torch.randint(2**31, ())) if p else 0      # from torch's own generator, so that checkpointing draws it again
         rows = x.reshape(-1, x.shape[-1])
         seen = rows * dropout_mask(rows, p, ctx.seed) if p else rows
-        y = rows @ base.dense().T
+        y = base.product(rows)
         y.addmm_((seen @ A.to(x.dtype).T).mul_(s), B.to(x.dtype).T)
         return y.view(*x.shape[:-1], len(B))
 
@@ -50,20 +50,20 @@ class LoRAProduct(torch.autograd.Function):
         gB = (g @ b).mul_(ctx.s)
         if need[1]: dA = (gB.T @ seen).to(A.dtype)
         if need[2]: dB = (g.T @ (seen @ a.T).mul_(ctx.s)).to(B.dtype)
-        if need[3]: dW = (g.T @ rows).to(base.weight.dtype)
+        if need[3]: dW = (g.T @ rows).to(base.dtype)
         if need[0]:
-            dx = g @ base.dense()
+            dx = base.product_back(g)
             dx = (dx.addmm_(gB, a) if mask is None else dx.addcmul_(gB @ a, mask)).view_as(x)
         return dx, dA, dB, dW, None, None, None
 
-# %% ../../nbs/peft/10_lora.ipynb #7b898314
+# %% ../../nbs/peft/10_lora.ipynb #332b6a91
 class LoRAAdapter(nn.Module):
     "The learnt pair of one `Linear`. A: (r, in) uniform in ±1/√in; B: (out, r) zero; fp32 (fp64 over a float64 base)."
 
     def __init__(self, base: Linear, r: int, s: float, dropout: float = 0.0):
         super().__init__()
         self.s, self.dropout, self.training = s, dropout, base.training
-        options = dict(device=base.weight.device, dtype=torch.promote_types(base.weight.dtype, torch.float32))
+        options = dict(device=base.device, dtype=torch.promote_types(base.dtype, torch.float32))
         self.A = nn.Parameter(torch.empty(r, base.in_features, **options).uniform_(-1, 1) / math.sqrt(base.in_features))
         self.B = nn.Parameter(torch.zeros(base.out_features, r, **options))
 

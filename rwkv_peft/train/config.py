@@ -55,7 +55,7 @@ class Rows(BaseModel):
     untrained: Literal["refuse", "drop"] = setting("refuse", "what happens to rows in which no token is learnt")
     chunk_ctx: int | None = setting(None, "tokens of a row in memory at a time (infctx)", later=("any value",), gt=0)
 
-# %% ../../nbs/train/10_config.ipynb #5136e102
+# %% ../../nbs/train/10_config.ipynb #93c3abf0
 class Method(BaseModel):
     "What is trained"
     peft: Any = setting("lora", "the method: a word, a method object, a table, or a list of them; none trains every weight", later=("pissa", "bone", "bat", "miss", "dora", "lisa"))
@@ -66,8 +66,8 @@ class Method(BaseModel):
     train_parts: list[str] = setting([], "parts of the base that are trained as well, such as \"ln\"")
     train_type: Literal["normal", "infctx", "state"] = setting("normal", "state adds state tuning (alone, when peft is not set)", later=("infctx",))
     bptt: Literal["exact", "truncated"] = setting("exact", "gradient through the chunks of a row", later=("truncated",))
-    quant: Literal["none", "int8", "nf4", "fp4", "4bit"] = setting("none", "storage of the frozen matrices", later=("int8", "nf4", "fp4", "4bit"))
-    int8_matmul: Literal["dequant", "exact", "fast"] = setting("dequant", "product of int8 matrices", later=("exact", "fast"))
+    quant: Literal["none", "int8", "nf4", "fp4", "4bit"] = setting("none", "storage of the frozen matrices", later=("nf4", "fp4", "4bit"))
+    int8_matmul: Literal["dequant", "exact", "fast"] = setting("dequant", "product of int8 matrices: made into floats, or by integers")
 
 # %% ../../nbs/train/10_config.ipynb #da28084e
 class Schedule(BaseModel):
@@ -289,13 +289,15 @@ def check_places(config: Config):
     if not nearest_there.is_dir(): raise ValueError(f"output: {str(nearest_there)!r} is a file, and a run needs a folder; choose another one")
     if not os.access(nearest_there, os.W_OK | os.X_OK): raise ValueError(f"output: nothing may be written into {str(nearest_there)!r}; choose another folder")
 
-# %% ../../nbs/train/10_config.ipynb #42625852
+# %% ../../nbs/train/10_config.ipynb #356c38e8
 def check_combinations(config: Config):
     "Settings that contradict each other."
     peft = check_method(config.peft)
     if config.adapter:
         for n in ("peft", "r", "alpha", "dropout", "targets", "train_parts", "train_type"):
             if n in config.model_fields_set and getattr(config, n) != type(config).model_fields[n].default: raise ValueError(f"{n}: the adapter to start from says itself what is trained; leave {n} out")
+    if config.quant != "none" and peft == "none": raise ValueError("quant: packed matrices can't train, and peft = 'none' trains them all; choose an adapter, or leave quant out")
+    if config.int8_matmul != "dequant" and config.quant != "int8": raise ValueError(f"int8_matmul = {config.int8_matmul!r} is the product of int8 matrices; say quant = 'int8' as well")
     if config.epochs is not None and config.max_steps is not None: raise ValueError("epochs and max_steps both say how long the run is; give one of them")
     shorthand = [n for n in ("r", "alpha", "dropout") if n in config.model_fields_set and getattr(config, n) != type(config).model_fields[n].default]
     if shorthand and peft in ("none", "state") and "peft" in config.model_fields_set:
