@@ -202,7 +202,7 @@ def test_smaller_instruction_sets(capability, library):
 @pytest.mark.parametrize("change, message", [
     (dict(r=torch.zeros(2, 4, 8)), "split the channels"), (dict(r=torch.zeros(2, 0, 1, 8)), "at least one token"), (dict(k=torch.zeros(2, 4, 1, 9)), "k is"),
     (dict(state=torch.zeros(1, 1, 8, 8)), "state is"), (dict(initial=torch.zeros(2, 1, 8, 8)), "initial is"), (dict(resets=torch.zeros(2, 4)), "must be bool"),
-    (dict(backend="gpu"), "choose auto, loop, chunk, cpu, fla"), (dict(state=torch.zeros(2, 1, 8, 8, device="meta")), "is on meta")])
+    (dict(backend="gpu"), "choose auto, loop, chunk, cpu, fla, cuda"), (dict(state=torch.zeros(2, 1, 8, 8, device="meta")), "is on meta")])
 def test_wrong_arguments_are_one_sentence(change, message):
     names = dict.fromkeys("rwkvab", torch.zeros(2, 4, 1, 8))
     with pytest.raises(ValueError, match=message) as caught: wkv7(**{**names, **change})

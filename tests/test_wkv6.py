@@ -208,7 +208,7 @@ def test_smaller_instruction_sets(capability, library):
 
 @pytest.mark.parametrize("form, change, message", [
     (wkv6, dict(u=torch.zeros(9)), "wkv6: u is"), (wkv6, dict(w=torch.zeros(1, 8)), "wkv6: w is"), (wkv5, dict(w=torch.zeros(2, 4, 1, 8)), "wkv5: w is"), (wkv6, dict(r=torch.zeros(2, 4, 8)), "split the channels"),
-    (wkv6, dict(resets=torch.zeros(2, 4)), "must be bool"), (wkv5, dict(u=torch.zeros(1, 8, device="meta")), "is on meta"), (wkv6, dict(backend="gpu"), "choose auto, loop, chunk, cpu, fla")])
+    (wkv6, dict(resets=torch.zeros(2, 4)), "must be bool"), (wkv5, dict(u=torch.zeros(1, 8, device="meta")), "is on meta"), (wkv6, dict(backend="gpu"), "choose auto, loop, chunk, cpu, fla, cuda")])
 def test_wrong_arguments_are_one_sentence(form, change, message):
     right = dict(r=torch.zeros(2, 4, 1, 8), w=torch.zeros(1, 8) if form is wkv5 else torch.zeros(2, 4, 1, 8), k=torch.zeros(2, 4, 1, 8), v=torch.zeros(2, 4, 1, 8), u=torch.zeros(1, 8))
     with pytest.raises(ValueError, match=message) as caught: form(**{**right, **change})

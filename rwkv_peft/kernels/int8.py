@@ -63,7 +63,7 @@ def _int8_gradient(ctx, g): return int8_op(g.contiguous(), ctx.q, ctx.scale, ctx
 
 int8_op.register_autograd(_int8_gradient, setup_context=_int8_keep)
 
-# %% ../../nbs/kernels/60_int8.ipynb #225d7423
+# %% ../../nbs/kernels/60_int8.ipynb #9889df0a
 def _checked(x: Tensor, q: Tensor, scale: Tensor, digits, side: int) -> tuple[Tensor, int]:
     "x as rows, and the number of digits; a ValueError says what doesn't fit."
     if digits not in (*DIGITS, 1, 2, 3): raise ValueError(f"int8 product: {digits!r} is not known; take 'fast' or 'exact'")
@@ -81,7 +81,7 @@ def int8_linear(x: Tensor, q: Tensor, scale: Tensor, mode: str | int = "fast") -
     rows, digits = _checked(x, q, scale, mode, 1)
     return int8_op(rows, q.contiguous(), scale.contiguous(), digits, False).view(*x.shape[:-1], len(q)).to(x.dtype)
 
-
+# %% ../../nbs/kernels/60_int8.ipynb #3dab07cc
 def int8_linear_back(g: Tensor, q: Tensor, scale: Tensor, mode: str | int = "fast") -> Tensor:
     "g (..., out) -> g W (..., in): the input gradient of `int8_linear`, from the same q and scale."
     rows, digits = _checked(g, q, scale, mode, 0)

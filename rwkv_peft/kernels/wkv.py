@@ -5,23 +5,25 @@
 # %% auto #0
 __all__ = ['backends', 'check', 'choose', 'wkv7', 'wkv6', 'wkv5']
 
-# %% ../../nbs/kernels/90_wkv.ipynb #235a9466
+# %% ../../nbs/kernels/90_wkv.ipynb #39eaa038
 import torch
 from torch import Tensor
 from .chunk import wkv7_chunk
 from .chunk6 import wkv6_chunk
+from .cuda import cuda_status, wkv6_cuda, wkv7_cuda
 from .fla import fla_status, wkv6_fla, wkv7_fla
 from .loop import wkv6_loop, wkv7_loop
 from .native import native_status, wkv7_cpu
 from .native6 import wkv6_cpu
 
-# %% ../../nbs/kernels/90_wkv.ipynb #93f5d77a
+# %% ../../nbs/kernels/90_wkv.ipynb #0efc1fa5
 def backends() -> dict[str, tuple[bool, str]]:
     "Every engine's name -> (usable here, why or why not)."
     return {"loop": (True, "PyTorch, token by token: the readable reference"),
             "chunk": (True, "PyTorch, 16 to 32 tokens at a time: any device, also float64"),
             "cpu": native_status(),
-            "fla": fla_status()}
+            "fla": fla_status(),
+            "cuda": cuda_status()}
 
 # %% ../../nbs/kernels/90_wkv.ipynb #753f5e85
 def check(name: str, r: Tensor, state: Tensor | None, initial: Tensor | None, resets: Tensor | None, *, per_head: dict[str, Tensor] = {}, **others: Tensor):
@@ -34,7 +36,7 @@ def check(name: str, r: Tensor, state: Tensor | None, initial: Tensor | None, re
         if x is not None and x.device != r.device: raise ValueError(f"{name}: {what} is on {x.device} and r on {r.device}: move them to one device")
     if resets is not None and resets.dtype != torch.bool: raise ValueError(f"{name}: resets is {resets.dtype} and must be bool, true at the first token of each document")
 
-# %% ../../nbs/kernels/90_wkv.ipynb #d0b4203a
+# %% ../../nbs/kernels/90_wkv.ipynb #1efe3ff7
 def choose(backend: str, *tensors: Tensor | None) -> str:
     "The engine that `backend` means for these tensors, r first; a ValueError if it can't be had."
     known, r = backends(), tensors[0]
@@ -45,10 +47,10 @@ def choose(backend: str, *tensors: Tensor | None) -> str:
         return "fla" if r.is_cuda and r.dtype in (torch.float16, torch.bfloat16) and known["fla"][0] else "chunk"
     if backend not in known: raise ValueError(f"there is no backend {backend!r}: choose auto, {', '.join(known)}")
     if not known[backend][0]: raise ValueError(f"backend {backend!r} can't be used here: {known[backend][1]}")
-    if backend == "cpu" and not (on_cpu or r.is_meta) or backend == "fla" and not r.is_cuda: raise ValueError(f"backend {backend!r} was given tensors on {r.device}: use 'auto' or 'chunk' there")
+    if backend == "cpu" and not (on_cpu or r.is_meta) or backend in ("fla", "cuda") and not r.is_cuda: raise ValueError(f"backend {backend!r} was given tensors on {r.device}: use 'auto' or 'chunk' there")
     return backend
 
-# %% ../../nbs/kernels/90_wkv.ipynb #eebedc33
+# %% ../../nbs/kernels/90_wkv.ipynb #126dc54a
 def wkv7(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor | None = None, *,
          initial: Tensor | None = None, resets: Tensor | None = None, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """The RWKV-7 recurrence (arXiv 2503.14456): S <- S diag(e^w) + (S a) bᵀ + v kᵀ, then y = S r, over a sequence of any length T >= 1.
@@ -57,12 +59,12 @@ def wkv7(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state
     state: (B, H, N, N) as [value, key], what an earlier piece left. initial: (H, N, N), where a document starts (default zero):
     read at row start when state is None, and wherever resets, (B, T) bool, marks a document's first token.
     Returns y (B, T, H, N) in v's dtype, and the last state, at least float32. Gradients reach every input and flow in from the returned state.
-    backend: auto, loop, chunk, cpu or fla (`backends()`). Errors are ValueErrors of one sentence."""
+    backend: auto, loop, chunk, cpu, fla or cuda (`backends()`). Errors are ValueErrors of one sentence."""
     check("wkv7", r, state, initial, resets, w=w, k=k, v=v, a=a, b=b)
-    engine = {"loop": wkv7_loop, "chunk": wkv7_chunk, "cpu": wkv7_cpu, "fla": wkv7_fla}[choose(backend, r, w, k, v, a, b, state, initial)]
+    engine = {"loop": wkv7_loop, "chunk": wkv7_chunk, "cpu": wkv7_cpu, "fla": wkv7_fla, "cuda": wkv7_cuda}[choose(backend, r, w, k, v, a, b, state, initial)]
     return engine(r, w, k, v, a, b, state, initial, resets)
 
-# %% ../../nbs/kernels/90_wkv.ipynb #0a431a12
+# %% ../../nbs/kernels/90_wkv.ipynb #4511a903
 def wkv6(r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor | None = None, *,
          initial: Tensor | None = None, resets: Tensor | None = None, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """The RWKV-6 recurrence (arXiv 2404.05892): y = S r + (sum_j u_j k_j r_j) v, then S <- S diag(e^w) + v kᵀ: the state is read before the token is written.
@@ -70,7 +72,7 @@ def wkv6(r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor, state: Tensor | 
     r, w, k, v: (B, T, H, N); w is the natural log of the decay, any number <= 0 (e^w may be zero), at least float32. u: (H, N), the bonus.
     state, initial, resets, backend, what is returned and what is refused: as in `wkv7`."""
     check("wkv6", r, state, initial, resets, per_head={"u": u}, w=w, k=k, v=v)
-    engine = {"loop": wkv6_loop, "chunk": wkv6_chunk, "cpu": wkv6_cpu, "fla": wkv6_fla}[choose(backend, r, w, k, v, u, state, initial)]
+    engine = {"loop": wkv6_loop, "chunk": wkv6_chunk, "cpu": wkv6_cpu, "fla": wkv6_fla, "cuda": wkv6_cuda}[choose(backend, r, w, k, v, u, state, initial)]
     return engine(r, w, k, v, u, state, initial, resets)
 
 # %% ../../nbs/kernels/90_wkv.ipynb #6520085b

@@ -92,13 +92,13 @@ class Optimiser(BaseModel):
     l2wrap: float = setting(0.0, "penalty on the largest logit", later=("above 0",), ge=0)
     z_loss: float = setting(0.0, "penalty on the log of the softmax sum", later=("above 0",), ge=0)
 
-# %% ../../nbs/train/10_config.ipynb #0ba4bda7
+# %% ../../nbs/train/10_config.ipynb #77ffdd71
 class Hardware(BaseModel):
     "Where it runs"
     device: str | None = setting(None, "cpu, cuda, cuda:1, mps; unset: the fastest there is")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", "type of the frozen weights and the activations; auto: what the hardware multiplies natively", later=("fp16",))
     grad_cp: bool | Literal["auto"] = setting("auto", "recompute each block in the backward pass to save memory; auto: on a GPU")
-    backend: Literal["auto", "loop", "chunk", "cpu", "fla", "cuda"] = setting("auto", "implementation of the recurrence", later=("cuda",))
+    backend: Literal["auto", "loop", "chunk", "cpu", "fla", "cuda"] = setting("auto", "implementation of the recurrence")
     strategy: Literal["auto", "ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_2_offload", "deepspeed_stage_3", "deepspeed_stage_3_offload"] = setting(
         "auto", "how several devices share the work", later=("ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_2_offload", "deepspeed_stage_3", "deepspeed_stage_3_offload"))
     devices: int | Literal["auto"] = setting("auto", "number of devices", later=("above 1",), gt=0)
