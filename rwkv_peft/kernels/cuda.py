@@ -190,12 +190,12 @@ def wkv6_cuda_backward_op(r: Tensor, w: Tensor, k: Tensor, v: Tensor, u: Tensor,
 
 wkv6_cuda_backward_op.register_fake(_wkv6_backward_shapes)
 
-# %% ../../nbs/kernels/80_cuda.ipynb #bdc3c647
-def _differentiable(op, backward, inputs: int):
-    "Register `backward` as the gradient of `op`, whose first `inputs` arguments are the sequences (and u), then state, initial, resets and keep."
-    def remember(ctx, given, output):
-        ctx.save_for_backward(*given[:inputs + 3], *output[2:])
-        ctx.keep = given[inputs + 3]
+# %% ../../nbs/kernels/80_cuda.ipynb #5571c30b
+def _differentiable(op, backward, count: int):
+    "Register `backward` as the gradient of `op`, whose first `count` arguments are the sequences (and u), then state, initial, resets and keep."
+    def remember(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:count + 3], *output[2:])
+        ctx.keep = inputs[count + 3]
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*output[2:])
     def gradient(ctx, dy, dlast, *unused):
@@ -203,7 +203,7 @@ def _differentiable(op, backward, inputs: int):
         saved = ctx.saved_tensors
         dy = torch.zeros_like(saved[3]) if dy is None else dy.contiguous()
         *grads, dstate, dinitial = backward(*saved, dy, None if dlast is None else dlast.contiguous())
-        return *grads, None if saved[inputs] is None else dstate, None if saved[inputs + 1] is None else dinitial, None, None
+        return *grads, None if saved[count] is None else dstate, None if saved[count + 1] is None else dinitial, None, None
     op.register_autograd(gradient, setup_context=remember)
 
 _differentiable(wkv7_cuda_op, wkv7_cuda_backward_op, 6)
