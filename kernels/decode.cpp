@@ -52,3 +52,6 @@ static void product(int M, int K, int N, int threads, const float* x, const Weig
 extern "C" void few_rows(int M, int K, int N, int threads, const float* x, const float* weight, float* y) { product(M, K, N, threads, x, weight, nullptr, y); }
 
 extern "C" void few_rows_int8(int M, int K, int N, int threads, const float* x, const int8_t* q, const float* scale, float* y) { product(M, K, N, threads, x, q, scale, y); }
+
+// Who made the processor: MKL takes its widest code on Intel's only (kernels/product)
+extern "C" int made_by_amd() { __builtin_cpu_init(); return __builtin_cpu_is("amd") != 0; }

@@ -23,6 +23,15 @@ typedef float vec_anywhere __attribute__((vector_size(W * 4), aligned(4), may_al
 static inline vec load(const float* p) { return *(const vec_anywhere*)p; }
 static inline void store(float* p, vec x) { *(vec_anywhere*)p = x; }
 
+static inline void copy(float* to, const float* from, int n) {
+    int j = 0;
+    for (; j + W <= n; j += W) store(to + j, load(from + j));
+    for (; j < n; j++) to[j] = from[j];
+}
+static inline void ask_for(const float* row, int n) {                      // into the second-level cache, without waiting
+    for (int j = 0; j < n; j += 16) __builtin_prefetch(row + j, 0, 2);
+}
+
 static inline __m128 fold(vec x) {             // W lanes -> 4
 #if defined(__AVX512F__)
     __m256 half = _mm256_add_ps(_mm512_castps512_ps256((__m512)x), _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd((__m512)x), 1)));

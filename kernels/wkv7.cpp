@@ -4,7 +4,7 @@
 #include "vec.h"
 
 // Raise it, here and in nbs/kernels/30_native.ipynb, whenever the arguments of a function in this folder change: a library built before is then refused instead of being called wrongly.
-extern "C" int kernels_version() { return 3; }
+extern "C" int kernels_version() { return 4; }
 
 // [read] held = S a, for a state stored [key][value]: vectors run over values, so that no sum crosses lanes
 static void read_state(float* held, const float* S, const float* a, int N, int P) {
@@ -61,6 +61,7 @@ extern "C" void wkv7_forward(int B, int T, int H, int N, int every, int threads,
                 if (held) memcpy(held + o, old, N * 4);
                 if (kept && t % every == 0)
                     for (int j = 0; j < N; j++) memcpy(kept + ((size_t)bh * blocks + t / every) * square + (size_t)j * N, S + (size_t)j * P, N * 4);
+                if (t + 4 < T) for (const float* row : {r, w, k, v, a, b}) ask_for(row + o + 4 * stride, N);
                 exp_row(decay, w + o, N);
                 memcpy(value, v + o, N * 4);
                 const float* next_a = t + 1 < T ? a + o + stride : zeros;
@@ -74,72 +75,72 @@ extern "C" void wkv7_forward(int B, int T, int H, int N, int every, int threads,
     }
 }
 
-struct Stretch {                               // up to `every` tokens of one head, padded rows of length P; and the gradients that they will get
-    float *r, *decay, *k, *v, *a, *b, *held, *dy, *dr, *dw, *dk, *dv, *da, *db;
-};
+// Up to `every` tokens of one head: for each token its padded inputs of length P, and the gradients that they will get, side by side.
+enum Field { R, DECAY, K, V, A, B_, HELD, DY, DR, DW, DK, DV, DA, DB, FIELDS };
 
 // [backward] ROWS rows of the state, [value][key], through one stretch: first forward again from its first state, then back with D = dL/dS
 template <int G>
-static void rows_back(int n, int i, int P, const Stretch& x, const float* S0, float* states, float* D) {
-    const int groups = G ? G : P / W;
-    for (int row = 0; row < ROWS; row++) memcpy(states + row * P, S0 + (i + row) * P, P * 4);
+static void rows_back(int n, int i, int padded, float* tokens, const float* S0, float* states, float* D) {
+    const int groups = G ? G : padded / W, P = G ? G * W : padded, step = FIELDS * P;
+    auto keep = [&](int t, int row, int g) -> float* { return states + (t * ROWS + row) * P + g * W; };     // the state before token t
+    for (int row = 0; row < ROWS; row++) memcpy(keep(0, row, 0), S0 + (i + row) * P, P * 4);
     for (int t = 0; t < n; t++) {
-        const float* before = states + (size_t)t * ROWS * P;
-        float* after = states + (size_t)(t + 1) * ROWS * P;
+        const float *x = tokens + t * step, *value = x + V * P + i, *held = x + HELD * P + i;
         UNROLL for (int g = 0; g < groups; g++) {
-            vec decay = load(x.decay + t * P + g * W), b = load(x.b + t * P + g * W), k = load(x.k + t * P + g * W);
-            UNROLL for (int row = 0; row < ROWS; row++)
-                store(after + row * P + g * W, load(before + row * P + g * W) * decay + x.held[t * P + i + row] * b + x.v[t * P + i + row] * k);
+            const vec decay = load(x + DECAY * P + g * W), b = load(x + B_ * P + g * W), k = load(x + K * P + g * W);
+            UNROLL for (int row = 0; row < ROWS; row++) store(keep(t + 1, row, g), load(keep(t, row, g)) * decay + held[row] * b + value[row] * k);
         }
     }
     vec d[ROWS][G ? G : 1];
     auto D_at = [&](int row, int g) -> float* { return D + (i + row) * P + g * W; };
     if (G) UNROLL for (int row = 0; row < ROWS; row++) UNROLL for (int g = 0; g < groups; g++) d[row][g] = load(D_at(row, g));
     for (int t = n - 1; t >= 0; t--) {
-        const float *before = states + (size_t)t * ROWS * P, *after = states + (size_t)(t + 1) * ROWS * P;
-        vec to_v[ROWS], to_held[ROWS];
-        UNROLL for (int row = 0; row < ROWS; row++) to_v[row] = to_held[row] = vec{};
-        UNROLL for (int g = 0; g < groups; g++) {
-            const int at = t * P + g * W;
-            vec r = load(x.r + at), k = load(x.k + at), b = load(x.b + at), dr = load(x.dr + at), dk = load(x.dk + at), db = load(x.db + at), dw = load(x.dw + at);
+        float *x = tokens + t * step, *value = x + V * P + i, *held = x + HELD * P + i, *dy = x + DY * P + i, dheld[4];
+        vec to_held[ROWS], to_v[ROWS];
+        UNROLL for (int row = 0; row < ROWS; row++) to_held[row] = to_v[row] = vec{};
+        UNROLL for (int g = 0; g < groups; g++) {                          // what does not wait for the sum over keys
+            const vec r = load(x + R * P + g * W), b = load(x + B_ * P + g * W);
+            vec dr = load(x + DR * P + g * W), db = load(x + DB * P + g * W);
             UNROLL for (int row = 0; row < ROWS; row++) {
-                const int value = t * P + i + row;
-                vec Drow = (G ? d[row][G ? g : 0] : load(D_at(row, g))) + x.dy[value] * r;
-                dr += x.dy[value] * load(after + row * P + g * W);
-                dk += x.v[value] * Drow;
-                db += x.held[value] * Drow;
-                dw += Drow * load(before + row * P + g * W);
-                to_v[row] += Drow * k;
+                const vec Drow = (G ? d[row][G ? g : 0] : load(D_at(row, g))) + dy[row] * r;
                 to_held[row] += Drow * b;
+                dr += dy[row] * load(keep(t + 1, row, g));
+                db += held[row] * Drow;
                 if (G) d[row][G ? g : 0] = Drow; else store(D_at(row, g), Drow);
             }
-            store(x.dr + at, dr), store(x.dk + at, dk), store(x.db + at, db), store(x.dw + at, dw);
+            store(x + DR * P + g * W, dr), store(x + DB * P + g * W, db);
         }
-        float dheld[4];
-        if (ROWS == 4) sum4(dheld, to_held[0], to_held[1 % ROWS], to_held[2 % ROWS], to_held[3 % ROWS]), sum4(x.dv + t * P + i, to_v[0], to_v[1 % ROWS], to_v[2 % ROWS], to_v[3 % ROWS]);
-        else UNROLL for (int row = 0; row < ROWS; row++) dheld[row] = sum(to_held[row]), x.dv[t * P + i + row] = sum(to_v[row]);
+        if (ROWS == 4) sum4(dheld, to_held[0], to_held[1 % ROWS], to_held[2 % ROWS], to_held[3 % ROWS]);
+        else UNROLL for (int row = 0; row < ROWS; row++) dheld[row] = sum(to_held[row]);
         UNROLL for (int g = 0; g < groups; g++) {
-            const int at = t * P + g * W;
-            vec decay = load(x.decay + at), a = load(x.a + at), da = load(x.da + at);
+            const vec k = load(x + K * P + g * W), decay = load(x + DECAY * P + g * W), a = load(x + A * P + g * W);
+            vec dk = load(x + DK * P + g * W), dw = load(x + DW * P + g * W), da = load(x + DA * P + g * W);
             UNROLL for (int row = 0; row < ROWS; row++) {
-                da += dheld[row] * load(before + row * P + g * W);
-                vec Drow = (G ? d[row][G ? g : 0] : load(D_at(row, g))) * decay + dheld[row] * a;
-                if (G) d[row][G ? g : 0] = Drow; else store(D_at(row, g), Drow);
+                const vec Drow = G ? d[row][G ? g : 0] : load(D_at(row, g)), before = load(keep(t, row, g));
+                to_v[row] += Drow * k;
+                dk += value[row] * Drow;
+                dw += Drow * before;
+                da += dheld[row] * before;
+                const vec next = Drow * decay + dheld[row] * a;
+                if (G) d[row][G ? g : 0] = next; else store(D_at(row, g), next);
             }
-            store(x.da + at, da);
+            store(x + DK * P + g * W, dk), store(x + DW * P + g * W, dw), store(x + DA * P + g * W, da);
         }
+        float* dv = x + DV * P + i;
+        if (ROWS == 4) sum4(dv, to_v[0], to_v[1 % ROWS], to_v[2 % ROWS], to_v[3 % ROWS]);
+        else UNROLL for (int row = 0; row < ROWS; row++) dv[row] = sum(to_v[row]);
     }
     if (G) UNROLL for (int row = 0; row < ROWS; row++) UNROLL for (int g = 0; g < groups; g++) store(D_at(row, g), d[row][g]);
 }
 // [end]
 
-static void stretch_back(int n, int P, const Stretch& x, const float* S0, float* states, float* D) {
+static void stretch_back(int n, int P, float* tokens, const float* S0, float* states, float* D) {
     for (int i = 0; i < P; i += ROWS) switch (P / W) {
-        case 1: rows_back<1>(n, i, P, x, S0, states, D); break;
-        case 2: rows_back<2>(n, i, P, x, S0, states, D); break;
-        case 4: rows_back<4>(n, i, P, x, S0, states, D); break;
-        case 8: rows_back<8>(n, i, P, x, S0, states, D); break;
-        default: rows_back<0>(n, i, P, x, S0, states, D);
+        case 1: rows_back<1>(n, i, P, tokens, S0, states, D); break;
+        case 2: rows_back<2>(n, i, P, tokens, S0, states, D); break;
+        case 4: rows_back<4>(n, i, P, tokens, S0, states, D); break;
+        case 8: rows_back<8>(n, i, P, tokens, S0, states, D); break;
+        default: rows_back<0>(n, i, P, tokens, S0, states, D);
     }
 }
 
@@ -148,16 +149,14 @@ extern "C" void wkv7_backward(int B, int T, int H, int N, int every, int threads
                               const float* state, const float* initial, const uint8_t* resets, const float* held, const float* kept, const float* dy, const float* dlast,
                               float* dr, float* dw, float* dk, float* dv, float* da, float* db, float* dstate, float* dinitial) {
     const int P = padded(N), blocks = (T + every - 1) / every;
-    const size_t square = (size_t)N * N, stride = (size_t)H * N, rows = (size_t)every * P;
+    const size_t square = (size_t)N * N, stride = (size_t)H * N;
     #pragma omp parallel num_threads(threads) if (B * H > 1 && threads > 1)
     {
         FlushDenormals flush;
-        const size_t floats = 2 * (size_t)P * P + 14 * rows + (size_t)(every + 1) * ROWS * P;
+        const size_t floats = 2 * (size_t)P * P + (size_t)every * FIELDS * P + (size_t)(every + 1) * ROWS * P;
         Scratch scratch(floats);
         memset(scratch.block, 0, floats * 4);
-        float *D = scratch.take((size_t)P * P), *S0 = scratch.take((size_t)P * P), *states = scratch.take((size_t)(every + 1) * ROWS * P);
-        Stretch x;
-        for (float** row : {&x.r, &x.decay, &x.k, &x.v, &x.a, &x.b, &x.held, &x.dy, &x.dr, &x.dw, &x.dk, &x.dv, &x.da, &x.db}) *row = scratch.take(rows);
+        float *D = scratch.take((size_t)P * P), *S0 = scratch.take((size_t)P * P), *states = scratch.take((size_t)(every + 1) * ROWS * P), *tokens = scratch.take((size_t)every * FIELDS * P);
         #pragma omp for schedule(dynamic, 1)
         for (int bh = 0; bh < B * H; bh++) {
             const int batch = bh / H, h = bh % H;
@@ -175,22 +174,27 @@ extern "C" void wkv7_backward(int B, int T, int H, int N, int every, int threads
                 const int n = end - first;
                 for (int t = 0; t < n; t++) {
                     const size_t o = ((size_t)batch * T + first + t) * stride + (size_t)h * N;
-                    memcpy(x.r + t * P, r + o, N * 4), memcpy(x.k + t * P, k + o, N * 4), memcpy(x.v + t * P, v + o, N * 4), memcpy(x.a + t * P, a + o, N * 4);
-                    memcpy(x.b + t * P, b + o, N * 4), memcpy(x.held + t * P, held + o, N * 4), memcpy(x.dy + t * P, dy + o, N * 4);
-                    exp_row(x.decay + t * P, w + o, N);
+                    float* x = tokens + (size_t)t * FIELDS * P;
+                    copy(x + R * P, r + o, N), copy(x + K * P, k + o, N), copy(x + V * P, v + o, N), copy(x + A * P, a + o, N);
+                    copy(x + B_ * P, b + o, N), copy(x + HELD * P, held + o, N), copy(x + DY * P, dy + o, N);
+                    exp_row(x + DECAY * P, w + o, N);
+                    memset(x + DR * P, 0, (size_t)(FIELDS - DR) * P * 4);
                 }
-                for (float* gradient : {x.dr, x.dw, x.dk, x.da, x.db}) memset(gradient, 0, (size_t)n * P * 4);
                 if (!reset) transpose(S0, P, kept + ((size_t)bh * blocks + first / every) * square, N, N);
                 else for (int i = 0; i < N; i++) {
                     if (initial) memcpy(S0 + (size_t)i * P, initial + h * square + (size_t)i * N, N * 4);
                     else memset(S0 + (size_t)i * P, 0, N * 4);
                 }
-                stretch_back(n, P, x, S0, states, D);
+                for (int t = first - every < 0 ? 0 : first - every; t < first; t++)        // the stretch before this one comes next: ask for it early
+                    for (const float* row : {r, w, k, v, a, b, held, dy, (const float*)dr, (const float*)dw, (const float*)dk, (const float*)dv, (const float*)da, (const float*)db})
+                        ask_for(row + ((size_t)batch * T + t) * stride + (size_t)h * N, N);
+                if (first) ask_for(kept + ((size_t)bh * blocks + (first - 1) / every) * square, (int)square);
+                stretch_back(n, P, tokens, S0, states, D);
                 for (int t = 0; t < n; t++) {
                     const size_t o = ((size_t)batch * T + first + t) * stride + (size_t)h * N;
-                    for (int j = 0; j < N; j++) dw[o + j] = x.dw[t * P + j] * x.decay[t * P + j];
-                    memcpy(dr + o, x.dr + t * P, N * 4), memcpy(dk + o, x.dk + t * P, N * 4), memcpy(dv + o, x.dv + t * P, N * 4);
-                    memcpy(da + o, x.da + t * P, N * 4), memcpy(db + o, x.db + t * P, N * 4);
+                    const float* x = tokens + (size_t)t * FIELDS * P;
+                    for (int j = 0; j < N; j++) dw[o + j] = x[DW * P + j] * x[DECAY * P + j];
+                    copy(dr + o, x + DR * P, N), copy(dk + o, x + DK * P, N), copy(dv + o, x + DV * P, N), copy(da + o, x + DA * P, N), copy(db + o, x + DB * P, N);
                 }
                 if (reset) give_to(dinitial);
             }

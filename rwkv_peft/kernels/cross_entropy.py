@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from .native import call, native_status
+from .product import times, times_back
 
 # %% ../../nbs/kernels/50_cross_entropy.ipynb #372a4273
 def softmax_in_place(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
@@ -50,13 +51,14 @@ class SlicedCrossEntropy(torch.autograd.Function):
         dx = torch.zeros_like(x) if train_x else None
         dweight = torch.zeros_like(weight, dtype=exact) if train_weight else None
         weights, losses = weights.to(exact), [x.new_zeros(0, dtype=exact)]
-        if packed is None: matrix, buffer = weight.to(x.dtype), x.new_empty(min(chunk, len(rows)), len(weight))
+        matrix = weight.to(x.dtype) if packed is None else None
         for some in rows.split(chunk):
             part = x[some]
-            logits = (torch.mm(part, matrix.T, out=buffer[:len(some)]) if packed is None else packed.product(part)).to(exact)
+            logits = (times(part, matrix) if packed is None else packed.product(part)).to(exact)
             losses.append(softmax_in_place(logits, targets[some], weights[some]))
-            if train_x: dx[some] = logits.to(x.dtype) @ matrix if packed is None else packed_gradient(logits, targets[some], packed).to(x.dtype)
+            if train_x: dx[some] = times_back(logits.to(x.dtype), matrix) if packed is None else packed_gradient(logits, targets[some], packed).to(x.dtype)
             if train_weight: dweight.addmm_(logits.T, part.to(exact))
+            del logits                         # before the next slice asks for as much
         ctx.save_for_backward(dx, None if dweight is None else dweight.to(weight.dtype))
         return torch.cat(losses).sum()
 

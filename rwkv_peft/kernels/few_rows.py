@@ -8,8 +8,8 @@ __all__ = ['FEW', 'few_rows_op', 'few_rows', 'few_rows_int8_op', 'few_rows_int8'
 # %% ../../nbs/kernels/65_few_rows.ipynb #84c251fd
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 from .native import at_once, call, native_status
+from .product import linear
 
 # %% ../../nbs/kernels/65_few_rows.ipynb #2e6d9ee1
 FEW = 16    # rows from which a matrix product for many rows is faster
@@ -31,7 +31,7 @@ few_rows_op.register_autograd(_gradient, setup_context=_remember)
 
 # %% ../../nbs/kernels/65_few_rows.ipynb #7ced6c0b
 def few_rows(x: Tensor, weight: Tensor) -> Tensor:
-    """`x @ weight.T`: x (..., K), weight (N, K) -> (..., N). In C++ for at most 16 rows of contiguous float32 on the CPU, otherwise PyTorch's own product.
+    """`x @ weight.T`: x (..., K), weight (N, K) -> (..., N). In C++ for at most 16 rows of contiguous float32 on the CPU, otherwise `kernels.product.linear`.
 
     Each output number is summed in one order, whatever the other rows and the threads are; the error is a few units in the last place of the sum's largest part."""
     K = x.shape[-1]

@@ -8,8 +8,8 @@ __all__ = ['FrozenProduct', 'Linear']
 # %% ../../nbs/model/20_linear.ipynb #165a7367
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 from ..kernels.few_rows import few_rows
+from ..kernels.product import linear, times, times_back
 
 # %% ../../nbs/model/20_linear.ipynb #8aa3e36c
 class FrozenProduct(torch.autograd.Function):
@@ -47,11 +47,11 @@ class Linear(nn.Linear):
 
     def product(self, x: Tensor) -> Tensor:
         "x (..., in) -> x Wᵀ without the bias, however W is stored. A packed W gives no gradient here: `forward` and adapters see to that."
-        return x @ self.weight.T if self.storage is None else self.storage.product(x)
+        return times(x, self.weight) if self.storage is None else self.storage.product(x)
 
     def product_back(self, g: Tensor) -> Tensor:
         "g (..., out) -> g W, the input gradient."
-        return g @ self.weight if self.storage is None else self.storage.product_back(g)
+        return times_back(g, self.weight) if self.storage is None else self.storage.product_back(g)
 
     def dense(self) -> Tensor:
         "The weight as a dense (out_features, in_features) tensor, however it is stored."

@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn import init
+from ..kernels.product import linear
 from ..kernels.fused import after_wkv7, before_wkv7, mix, relu_squared
 from ..kernels.wkv import wkv7
 from .linear import Linear
@@ -47,9 +48,10 @@ class TimeMix(nn.Module):
                 resets: Tensor | None = None, backend: str = "auto") -> tuple[Tensor, Tensor, Tensor, Tensor]:
         xr, xw, xk, xv, xa, xg = mix(x, shift, torch.cat([getattr(self, name).view(1, -1) for name in LERPS]), resets)
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
-        decay, iclr, g = torch.tanh(xw @ self.w1) @ self.w2, xa @ self.a1 @ self.a2, torch.sigmoid(xg @ self.g1) @ self.g2
+        low = lambda x, first, second, between=lambda z: z: linear(between(linear(x, first.T)), second.T)       # stored (in, out)
+        decay, iclr, g = low(xw, self.w1, self.w2, torch.tanh), low(xa, self.a1, self.a2), low(xg, self.g1, self.g2, torch.sigmoid)
         first = v_first is None
-        v_mix, v0 = (None, None) if first else (xv @ self.v1 @ self.v2, self.v0.view(-1))
+        v_mix, v0 = (None, None) if first else (low(xv, self.v1, self.v2), self.v0.view(-1))
         w, k, v, a, b = before_wkv7(decay, k, v, iclr, v_mix, v_first, self.w0.view(-1), self.a0.view(-1), v0,
                                     self.k_k.view(-1), self.k_a.view(-1), self.head_size)
         heads = (z.unflatten(-1, (-1, self.head_size)) for z in (r, w, k, v, a, b))
