@@ -1,4 +1,4 @@
-// One token through one layer of RWKV-7, for B rows: everything between two states, in one call. Weights are read once; what lies between them stays in cache.
+// One token through the layers of RWKV-7, for B rows: everything between two states, in one call. Weights are read once; what lies between them stays in cache.
 #include "vec.h"
 #define SIMD _Pragma("omp simd")
 
@@ -7,8 +7,6 @@ void few_rows(int M, int K, int N, int threads, const float* x, const float* wei
 void few_rows_int8(int M, int K, int N, int threads, const float* x, const int8_t* q, const float* scale, float* y);
 void before_forward(int rows, int H, int N, int threads, const float* decay, const float* k, const float* v, const float* iclr, const float* v_mix, const float* v_first,
                     const float* w0, const float* a0, const float* v0, const float* k_k, const float* k_a, float* w, float* to_k, float* to_v, float* a, float* b);
-void wkv7_forward(int B, int T, int H, int N, int every, int threads, const float* r, const float* w, const float* k, const float* v, const float* a, const float* b,
-                  const float* state, const float* initial, const uint8_t* resets, float* y, float* last, float* held, float* kept);
 void after_forward(int rows, int H, int N, float eps, int threads, const float* y, const float* r, const float* k, const float* v, const float* g,
                    const float* r_k, const float* weight, const float* bias, float* out);
 }
@@ -54,11 +52,22 @@ static void lerp(int n, int C, const float* x, const float* last, const float* m
     for (int i = 0; i < n; i += C) SIMD for (int j = 0; j < C; j++) y[i + j] = x[i + j] + (last[i + j] - x[i + j]) * mu[j];
 }
 
+// One token of the recurrence for every head, as the states lie there, [value][key]: a row reads what it held at a, is faded, corrected and written, and is read at r
+static void remember(int heads, int N, const float* r, const float* w, const float* k, const float* v, const float* a, const float* b, const float* S, float* to, float* y, float* decay) {
+    for (int h = 0; h < heads; h++, r += N, w += N, k += N, v += N, a += N, b += N, y += N) {
+        exp_row(decay, w, N);
+        for (int i = 0; i < N; i++, S += N, to += N) {
+            float held = 0, out = 0;
+            _Pragma("omp simd reduction(+:held)") for (int j = 0; j < N; j++) held += S[j] * a[j];
+            _Pragma("omp simd reduction(+:out)") for (int j = 0; j < N; j++) out += (to[j] = S[j] * decay[j] + held * b[j] + v[i] * k[j]) * r[j];
+            y[i] = out;
+        }
+    }
+}
+
 // [step]
-// x (B, C) is changed in place; v_first (B, C) is written by layer 0 and read by the others. The states are read from the first three and written to the last three.
-extern "C" void step7(int B, int C, int N, int F, int RW, int RA, int RG, int RV, int first, int threads, const Layer* layer, float* x, float* v_first,
-                      const float* att, const float* wkv, const float* ffn, float* new_att, float* new_wkv, float* new_ffn) {
-    const Layer& p = *layer;
+static void layer_step(int B, int C, int N, int F, int RW, int RA, int RG, int RV, int first, int threads, const Layer& p, float* x, float* v_first,
+                       const float* att, const float* wkv, const float* ffn, float* new_att, float* new_wkv, float* new_ffn) {
     const int n = B * C, H = C / N, wide = F > C ? F : C;
     Scratch scratch((size_t)15 * (n + 16) + (size_t)B * (wide + RW + RA + RG + RV + 80));
     auto take = [&](int size) { return scratch.take((size_t)(size + 15) / 16 * 16); };
@@ -81,7 +90,7 @@ extern "C" void step7(int B, int C, int N, int F, int RW, int RA, int RG, int RV
     if (!first) pair(3, RV, p.v1, p.v2, same, v_mix);
     before_forward(B, H, N, 1, decay, k, v, iclr, first ? nullptr : v_mix, first ? nullptr : v_first, p.w0, p.a0, first ? nullptr : p.v0, p.k_k, p.k_a, w, to_k, to_v, a, b);
     if (first) memcpy(v_first, v, (size_t)n * 4), to_v = v;
-    wkv7_forward(B, 1, H, N, 16, threads, r, w, to_k, to_v, a, b, wkv, nullptr, nullptr, y, new_wkv, nullptr, nullptr);
+    remember(B * H, N, r, w, to_k, to_v, a, b, wkv, new_wkv, y, low);
     after_forward(B, H, N, 64e-5f, 1, y, r, to_k, to_v, g, p.r_k, p.ln_x, p.ln_x_bias, z);
     times(B, C, C, threads, z, p.output, y);
     for (int j = 0; j < n; j++) x[j] += y[j];
@@ -92,3 +101,13 @@ extern "C" void step7(int B, int C, int N, int F, int RW, int RA, int RG, int RV
     for (int j = 0; j < n; j++) x[j] += y[j];
 }
 // [end]
+
+// ranks (L, 4): of each layer's w, a, g and v pair. x (B, C) is changed in place. The states (L, B, ...) are read from the first three and written to the last three.
+extern "C" void step7(int L, int B, int C, int N, int F, const int* ranks, int threads, const Layer* layers, float* x, float* v_first,
+                      const float* att, const float* wkv, const float* ffn, float* new_att, float* new_wkv, float* new_ffn) {
+    FlushDenormals flush;
+    const size_t shift = (size_t)B * C, memory = shift * N;
+    for (int i = 0; i < L; i++, ranks += 4)
+        layer_step(B, C, N, F, ranks[0], ranks[1], ranks[2], ranks[3], i == 0, threads, layers[i], x, v_first, att + i * shift, wkv + i * memory, ffn + i * shift,
+                   new_att + i * shift, new_wkv + i * memory, new_ffn + i * shift);
+}

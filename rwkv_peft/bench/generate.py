@@ -16,6 +16,7 @@ import sys
 import time
 import torch
 from ..model.rwkv import RWKV
+from ..model.sample import read
 from .step import step_config
 from .timing import Load, interleaved
 
@@ -35,14 +36,13 @@ def weight_bytes(model: RWKV) -> int:
     return sum(p.numel() * p.element_size() for name, p in model.named_parameters() if name != "emb.weight")
 
 def _ours(model, prompt, tokens, batch=1):
-    with torch.no_grad(): _, start = model(prompt.expand(batch, -1))
+    _, start = read(model, prompt.expand(batch, -1).tolist())
 
-    @torch.no_grad()
     def decode():
-        state, token = start, prompt[:, -1:].expand(batch, 1)
+        state, token = start, prompt[:, -1:].expand(batch, 1).tolist()
         for _ in range(tokens):
-            x, state = model.hidden(token, state)
-            token = model.head(x[:, -1]).argmax(-1, keepdim=True)
+            scores, state = read(model, token, state)
+            token = scores.argmax(-1, keepdims=True).tolist()
 
     return decode
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 # %% ../../nbs/kernels/30_native.ipynb #0e7a6f5f
-VERSION = 4    # of the C functions' arguments; kernels/wkv7.cpp says the same
+VERSION = 5    # of the C functions' arguments; kernels/wkv7.cpp says the same
 
 # %% ../../nbs/kernels/30_native.ipynb #1f3802c3
 @functools.cache
