@@ -6,7 +6,7 @@
 __all__ = ['Bat', 'shard_sum', 'add_to_shards', 'MiSSProduct', 'BoneProduct', 'MiSSAdapter', 'BoneAdapter', 'put_adapters',
            'whole_r', 'MiSS', 'Bone', 'seed_method']
 
-# %% ../../nbs/peft/30_shards.ipynb #9c59f44a
+# %% ../../nbs/peft/30_shards.ipynb #2e5f0552
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..model.linear import Linear
 from .lora import LoRAProduct, MethodError, find_linears
 
-# %% ../../nbs/peft/30_shards.ipynb #8be2ed61
+# %% ../../nbs/peft/30_shards.ipynb #9e2c0a07
 def shard_sum(x: Tensor, r: int) -> Tensor:
     "x (n, width) -> (n, r): its shards of r numbers added up, the last one cut short where r does not divide the width."
     whole = x.shape[1] - x.shape[1] % r
@@ -25,7 +25,7 @@ def shard_sum(x: Tensor, r: int) -> Tensor:
     if whole < x.shape[1]: total[:, :x.shape[1] - whole] += x[:, whole:]
     return total
 
-# %% ../../nbs/peft/30_shards.ipynb #63a998df
+# %% ../../nbs/peft/30_shards.ipynb #ab65a430
 def add_to_shards(y: Tensor, t: Tensor) -> Tensor:
     "Adds t (n, r) to every shard of y (n, width), in place; the last one takes what it has room for. Returns y."
     whole = y.shape[1] - y.shape[1] % t.shape[1]
@@ -33,7 +33,7 @@ def add_to_shards(y: Tensor, t: Tensor) -> Tensor:
     y[:, whole:].add_(t[:, :y.shape[1] - whole])
     return y
 
-# %% ../../nbs/peft/30_shards.ipynb #f7b9ff03
+# %% ../../nbs/peft/30_shards.ipynb #69144745
 class MiSSProduct(torch.autograd.Function):
     """`x Wᵀ + (sum of x's shards) D` for x (..., in), D (r, out) over a `Linear` of any storage.
 
@@ -57,7 +57,7 @@ class MiSSProduct(torch.autograd.Function):
         if need[0]: dx = add_to_shards(ctx.base.product_back(g), g @ D.to(g.dtype).T).view(ctx.shape)
         return dx, dD, dW, None
 
-# %% ../../nbs/peft/30_shards.ipynb #cdea034a
+# %% ../../nbs/peft/30_shards.ipynb #31caae80
 class BoneProduct(torch.autograd.Function):
     """`x W'ᵀ` with W'_ab = W_ab + W_ab D_b + D_b, for x (..., in), D (in/r, r, r) over a `Linear` of any storage; W' is never built.
 
@@ -69,7 +69,7 @@ class BoneProduct(torch.autograd.Function):
         ctx.base = base
         z = BoneProduct.turned(x.reshape(-1, *D.shape[:2]), D)
         total = z.sum(1)
-        return add_to_shards(base.product(z.flatten(1).add_(x.reshape(-1, x.shape[-1]))), total).view(*x.shape[:-1], -1)
+        return add_to_shards(base.product(z.flatten(1).add_(x.reshape(-1, x.shape[-1]))), total).view(*x.shape[:-1], base.out_features)
 
     @staticmethod
     def turned(blocks: Tensor, D: Tensor) -> Tensor: return torch.einsum("nbq,bpq->nbp", blocks, D.to(blocks.dtype)).contiguous()
@@ -87,7 +87,7 @@ class BoneProduct(torch.autograd.Function):
             if need[0]: dx = t.add_(torch.einsum("nbp,bpq->nbq", u, D.to(u.dtype))).view_as(x)
         return dx, dD, dW, None
 
-# %% ../../nbs/peft/30_shards.ipynb #6d5852c5
+# %% ../../nbs/peft/30_shards.ipynb #bbabc4c4
 class MiSSAdapter(nn.Module):
     "The learnt D (r, out) of one `Linear`: zero at the start; fp32 (fp64 over a float64 base)."
     rewrites = False
@@ -116,7 +116,7 @@ class MiSSAdapter(nn.Module):
 
     def extra_repr(self) -> str: return f"r={len(self.D)}"
 
-# %% ../../nbs/peft/30_shards.ipynb #f74efcc0
+# %% ../../nbs/peft/30_shards.ipynb #0472e03f
 class BoneAdapter(nn.Module):
     "The learnt squares D (in/r, r, r) of one `Linear`: zero at the start; fp32 (fp64 over a float64 base)."
     rewrites = False
@@ -138,7 +138,7 @@ class BoneAdapter(nn.Module):
 
     def extra_repr(self) -> str: return f"r={self.D.shape[-1]}"
 
-# %% ../../nbs/peft/30_shards.ipynb #6f7bbe47
+# %% ../../nbs/peft/30_shards.ipynb #bde083b6
 def put_adapters(model: nn.Module, targets: str | list[str] | None, make: Callable[[str, Linear], nn.Module]) -> None:
     "Gives each targeted `Linear` the adapter `make(name, base)`, all or none. MethodError for a matrix that has one already, and whatever `make` raises."
     chosen = find_linears(model, targets)
@@ -147,13 +147,13 @@ def put_adapters(model: nn.Module, targets: str | list[str] | None, make: Callab
     adapters = {name: make(name, base) for name, base in chosen.items()}
     for name, base in chosen.items(): base.adapter = adapters[name]
 
-# %% ../../nbs/peft/30_shards.ipynb #51856947
+# %% ../../nbs/peft/30_shards.ipynb #a2084c9c
 def whole_r(method: str, r: int) -> int:
     "`r` as an int, or a MethodError that names the method."
     if not isinstance(r, Integral) or isinstance(r, bool) or r < 1: raise MethodError(f"{method}: r={r!r} must be a whole number from 1")
     return int(r)
 
-# %% ../../nbs/peft/30_shards.ipynb #be9f6895
+# %% ../../nbs/peft/30_shards.ipynb #724d878d
 @dataclass
 class MiSS:
     "Matrix shard sharing (arXiv 2409.15371): ΔW is one Dᵀ (out, r), repeated over the input's shards. r·out numbers for each matrix; r need not divide anything."
@@ -168,7 +168,7 @@ class MiSS:
             return MiSSAdapter(base, self.r)
         put_adapters(model, targets, make)
 
-# %% ../../nbs/peft/30_shards.ipynb #c0222a38
+# %% ../../nbs/peft/30_shards.ipynb #6fb21c29
 @dataclass
 class Bone:
     "Block affine (the 2024 'Bone', later 'Bat' by rows; arXiv 2409.15371): W'_ab = W_ab + W_ab D_b + D_b. r·in numbers for each matrix; r must divide both sides."
@@ -186,10 +186,10 @@ class Bone:
             return BoneAdapter(base, self.r)
         put_adapters(model, targets, make)
 
-# %% ../../nbs/peft/30_shards.ipynb #22942e6a
+# %% ../../nbs/peft/30_shards.ipynb #211a9b2e
 Bat = Bone
 
-# %% ../../nbs/peft/30_shards.ipynb #61782e5a
+# %% ../../nbs/peft/30_shards.ipynb #39d02c24
 def seed_method(flags: dict) -> tuple[Bone | MiSS, str]:
     """The method that a script's flags `peft`, `bone_config`, `disha_config` and `bone_mode` meant, and one sentence that says so.
 
@@ -207,7 +207,7 @@ def seed_method(flags: dict) -> tuple[Bone | MiSS, str]:
     why = {None: "a bone_config without a mode is of the first scripts, whose bone is the block affine method", "bat": "mode 'bat' is the block affine method",
            "bone": "mode 'bone' is of the later scripts, where the name had passed to the two-dimensional method",
            "mode": "with the mode left at its default, the script gave no matrix an adapter and did not say so; the two-dimensional method is what the name then stood for"}
-    if mode not in why: raise MethodError(f"{flag}: mode {mode!r} is not known; the scripts had 'bone' and 'bat'")
+    if not isinstance(mode, (str, type(None))) or mode not in why: raise MethodError(f"{flag}: mode {mode!r} is not known; the scripts had 'bone' and 'bat'")
     method = (Bone if mode in (None, "bat") else MiSS)(value("r", 64))
     load = f"; its file {value('load', '')!r} is an adapter: give it as `adapter`" if value("load", "") else ""
     return method, f"{flag}: {why[mode]}, so this is {method}{load}"
