@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['row_lengths', 'DoRAProduct', 'DoRAAdapter', 'DoRA']
 
-# %% ../../nbs/peft/40_magnitude.ipynb #8c016fa5
+# %% ../../nbs/peft/40_magnitude.ipynb #19a6bbdf
 from dataclasses import dataclass
 from numbers import Real
 import math
@@ -15,15 +15,15 @@ from ..model.linear import Linear
 from .lora import MethodError, dropout_mask
 from .shards import put_adapters, whole_r
 
-# %% ../../nbs/peft/40_magnitude.ipynb #30c67ff8
+# %% ../../nbs/peft/40_magnitude.ipynb #e2e3162c
 @torch.no_grad()
 def row_lengths(square: Tensor, WA: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
-    "The row lengths (out,) of W + s B A, from ‖W‖² `square` (out,), `WA` = W Aᵀ (out, r), A (r, in) and B (out, r); never 0, so that one may divide by them."
+    "The row lengths (out,) of W + s B A, from ‖W‖² `square` (out,), `WA` = W Aᵀ (out, r), A (r, in) and B (out, r); inf below 1e-15, where there is no direction: m / inf = 0."
     WA, B = WA.to(square.dtype), B.to(square.dtype) * s
     found = square + (B * (2 * WA + B @ (A @ A.T).to(square.dtype))).sum(1)
-    return found.clamp_min(0).sqrt().clamp_min(1e-30)
+    return torch.where(found > 1e-30, found.clamp_min(0).sqrt(), torch.inf)
 
-# %% ../../nbs/peft/40_magnitude.ipynb #872bed80
+# %% ../../nbs/peft/40_magnitude.ipynb #56503bfe
 class DoRAProduct(torch.autograd.Function):
     """`c ⊙ (x Wᵀ + s (drop(x) Aᵀ) Bᵀ)` with c = m / `length`, for x (..., in), A (r, in), B (out, r), m and length (out,) over a `Linear` of any storage.
 
@@ -61,7 +61,7 @@ class DoRAProduct(torch.autograd.Function):
             dx = (dx.addmm_(gB, a) if mask is None else dx.addcmul_(gB @ a, mask)).view_as(x)
         return dx, dA, dB, dm, None, dW, None, None, None
 
-# %% ../../nbs/peft/40_magnitude.ipynb #f717db70
+# %% ../../nbs/peft/40_magnitude.ipynb #fd70111e
 class DoRAAdapter(nn.Module):
     "The learnt A (r, in), B (out, r) as LoRA's, and m (out,), the row lengths of W at the start; fp32 (fp64 over a float64 base)."
     rewrites = False
@@ -97,11 +97,12 @@ class DoRAAdapter(nn.Module):
     def merged(self, W: Tensor) -> Tensor:
         "W (out, in) -> m / ‖V‖ ⊙ V with V = W + s B A, in the masters' type."
         V = torch.addmm(W.to(self.A.dtype), self.B, self.A, alpha=self.s)
-        return V * DoRAProduct.stretch(self.m, V.norm(dim=1).clamp_min(1e-30))[:, None]
+        length = V.norm(dim=1)
+        return V * DoRAProduct.stretch(self.m, torch.where(length > 1e-15, length, torch.inf))[:, None]
 
     def extra_repr(self) -> str: return f"r={len(self.A)}, scale={self.s:g}, dropout={self.dropout:g}"
 
-# %% ../../nbs/peft/40_magnitude.ipynb #faa2e344
+# %% ../../nbs/peft/40_magnitude.ipynb #441901fa
 @dataclass
 class DoRA:
     "Weight-decomposed low-rank adaptation (arXiv 2402.09353): W' = m ⊙ (W + s B A) / ‖W + s B A‖ by rows, s = alpha / r."
