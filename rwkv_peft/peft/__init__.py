@@ -1,6 +1,8 @@
 from rwkv_peft import lazy
 
 _public = {"LoRA": "lora", "MethodError": "lora",
+           "Bone": "shards", "Bat": "shards", "MiSS": "shards", "seed_method": "shards",
+           "DoRA": "magnitude",
            "StateTuning": "state_tuning",
            "Train": "parts",
            "attach": "adapters", "detach": "adapters", "merge": "adapters", "save_adapter": "adapters", "load_adapter": "adapters", "trained_parameters": "adapters", "AdapterError": "adapters"}
