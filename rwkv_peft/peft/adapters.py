@@ -204,7 +204,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike) -> Path:
     """Writes all that is trained on `model` to `folder`, in the Hugging Face layout with our own files beside it, in fp32. Returns the path.
 
     An older adapter there is replaced as a whole or, when writing fails (AdapterError), not at all."""
-    record, trained = _attached(model, "save_adapter"), {n: p.detach() for n, p in trained_parameters(model).items()}
+    record = _attached(model, "save_adapter")
+    trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad or n in set(record.weights)}      # a tensor whose turn is over is frozen, and was trained
     lora = {n.replace(".adapter.", ".lora_") + ".weight": p for n, p in trained.items() if ".adapter." in n}
     states = any(n.endswith(".time_state") for n in trained)
     modules = whole_modules(model, record.weights) if lora else []
