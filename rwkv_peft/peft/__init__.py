@@ -3,7 +3,7 @@ from rwkv_peft import lazy
 _public = {"LoRA": "lora", "MethodError": "lora",
            "Bone": "shards", "Bat": "shards", "MiSS": "shards", "seed_method": "shards",
            "DoRA": "magnitude",
-           "StateTuning": "state_tuning",
+           "LISA": "lisa", "StateTuning": "state_tuning",
            "Train": "parts",
            "attach": "adapters", "detach": "adapters", "merge": "adapters", "save_adapter": "adapters", "load_adapter": "adapters", "trained_parameters": "adapters", "AdapterError": "adapters"}
 __getattr__, __dir__ = lazy(__name__, _public)
