@@ -1,8 +1,14 @@
 "nf4, fp4 and int8 storages: bitsandbytes' bytes, exact products and gradients, sizes, files, and what is refused."
 import builtins
 import gc
+import json
+import os
+import socket
+import subprocess
+import sys
 import warnings
 import weakref
+from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -311,3 +317,15 @@ def test_a_frozen_packed_base_does_not_change_by_a_bit_in_twenty_steps(kind):
         optimiser.step()
         losses.append(loss.item())
     assert losses[-1] < .5 * losses[0] and all(torch.equal(x, kept[n]) for n, x in model.state_dict().items() if ".adapter." not in n)
+
+
+def test_zero3_partitions_packed_matrices_and_trains_the_same():
+    if sys.platform != "linux": pytest.skip("DeepSpeed is for Linux")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    done = subprocess.run([sys.executable, "-W", "ignore", Path(__file__).parent / "zero3_packed.py"], capture_output=True, text=True, timeout=300, env={**os.environ, "MASTER_PORT": str(port)})
+    assert done.returncode == 0, done.stderr[-2000:]
+    told = json.loads(done.stdout.strip().splitlines()[-1])
+    assert told["parts"] == 36 and told["left"] == 0                   # each process holds its share only, before and after
+    assert told["exact"] and told["losses"] == pytest.approx(told["expected"], rel=1e-5) and told["losses"][-1] < told["losses"][0]

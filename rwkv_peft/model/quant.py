@@ -147,7 +147,7 @@ def dynamic_map(device: torch.device = torch.device("cpu")) -> Tensor:
     "The 256 levels in [-1, 1] that a byte stands for in bitsandbytes' dynamic type (arXiv 1511.04561), sorted, float32."
     levels = [0.0, 1.0]
     for i in range(7):
-        ends = torch.linspace(.1, 1, 2**i + 1)
+        ends = torch.linspace(.1, 1, 2**i + 1, device="cpu")
         middles = 10.0**(i - 6) * ((ends[:-1] + ends[1:]) / 2)
         levels += [*middles.tolist(), *(-middles).tolist()]
     return torch.tensor(sorted(levels), device=device)
