@@ -7,12 +7,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import pad
 
-from rwkv_peft.kernels.int8 import quantise_rows
 from rwkv_peft.model.checkpoint import fingerprint, load, official, save
-from rwkv_peft.model.quant import quantize
+from rwkv_peft.model.quant import quantize, rounded
 from rwkv_peft.model.rwkv import RWKV, RWKVConfig
 from rwkv_peft.peft.adapters import AdapterError, attach, detach, load_adapter, merge, read_adapter, save_adapter, trained_parameters
-from rwkv_peft.peft.inits import EVA, MiLoRA, OLoRA, PiSSA
+from rwkv_peft.peft.inits import EVA, LoftQ, MiLoRA, OLoRA, PiSSA
 from rwkv_peft.peft.interop import CANNOT, import_seed, read_seed
 from rwkv_peft.peft.lisa import LISA
 from rwkv_peft.peft.lora import LoRA, MethodError, find_linears, linears
@@ -148,31 +147,35 @@ def test_folder_merge_and_detach(tmp_path, file, method):
     for n in linears(model): assert rel(found.merged(n, untouched[f"{n}.weight"]), model.get_parameter(f"{n}.weight")) < 1e-5 or n + ".weight" in found.weights, n
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
-def test_over_a_packed_base(tmp_path, file, name):
-    model = quantize(attach(from_file(file), ADAPTERS[name]), "int8")
-    packed = {n: m.storage.q.clone() for n, m in linears(model).items() if m.storage is not None}
+PACKED = [*((name, "int8") for name in ADAPTERS), *((name, "nf4") for name in ("lora", "pissa 8", "dora", "miss", "bone", "loftq", "qpissa")), ("loftq", "fp4")]
+
+
+@pytest.mark.parametrize("name, kind", PACKED)
+def test_over_a_packed_base(tmp_path, file, name, kind):
+    method = {"loftq": LoftQ(r=4, rounds=2, kind=kind), "qpissa": PiSSA(r=4, rounds=2, kind=kind)}.get(name) or ADAPTERS[name]
+    model = quantize(attach(from_file(file), method), kind)
+    packed = {n: [x.clone() for x in m.storage.state_dict().values()] for n, m in linears(model).items() if m.storage is not None}
     tuned = logits(steps(model))
-    assert all(torch.equal(linears(model)[n].storage.q, q) for n, q in packed.items())
+    assert all(torch.equal(a, b) for n, xs in packed.items() for a, b in zip(xs, linears(model)[n].storage.state_dict().values()))
     save_adapter(model, tmp_path / "a")
     found, plain = read_adapter(tmp_path / "a"), dict(from_file(file).named_parameters())
-    assert found.about["quant"] == "int8"
-    again = quantize(load_adapter(from_file(file), tmp_path / "a"), "int8")
+    assert found.about["quant"] == kind
+    again = quantize(load_adapter(from_file(file), tmp_path / "a"), kind)
     assert torch.equal(logits(again), tuned)
     detach(again)
-    base = quantize(from_file(file), "int8")
+    base = quantize(from_file(file), kind)
     assert torch.equal(logits(again), logits(base)) and fingerprint(again) == fingerprint(base)
     merge(model)
     assert all(m.storage is None and m.adapter is None for m in linears(model).values()) and model.quant is None and rel(logits(model), tuned) < 1e-5
     for n in find_linears(model):
-        assert rel(found.merged(n, plain[f"{n}.weight"], seen=rounded), model.get_parameter(f"{n}.weight")) < 1e-5
+        assert rel(found.merged(n, plain[f"{n}.weight"], seen=lambda W: rounded(W, kind)), model.get_parameter(f"{n}.weight")) < 1e-5
     assert rel(logits(from_file(save(model, tmp_path / "merged.pth"))), tuned) < 1e-5
-    with pytest.warns(UserWarning, match="packed as int8"): merge(load_adapter(from_file(file), tmp_path / "a"))
+    with pytest.warns(UserWarning, match=f"packed as {kind}"): merge(load_adapter(from_file(file), tmp_path / "a"))
 
 
-def rounded(W):
-    q, scale = quantise_rows(W)
-    return q.float() * scale[:, None]
+def test_double_scales_are_packed_again(file):
+    model, base = (quantize(m, "nf4", double=True) for m in (attach(from_file(file), PiSSA(r=4)), from_file(file)))
+    assert torch.equal(logits(detach(steps(model))), logits(base)) and all(m.storage.double for m in find_linears(model).values())
 
 
 def test_detach_of_changed_weights_needs_the_file(file):

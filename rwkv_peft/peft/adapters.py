@@ -123,7 +123,7 @@ def detach(model: nn.Module) -> nn.Module:
         tensors = read(model.source)
         if fingerprint(tensors) != record.base: raise MethodError(f"{lost} and {model.source} is not the base it started from: load that again")
         packed = [m for m in rewritten.values() if m.storage is not None]
-        double = {"double": True} if any(getattr(m.storage, "double", False) for m in packed) else {}
+        double = {"double": True} if any(getattr(m.storage, "double", None) is True for m in packed) else {}
         for m in packed: m.weight, m.storage = nn.Parameter(torch.empty(m.out_features, m.in_features, dtype=m.storage.dtype, device=m.storage.device)), None
         for name in changed: model.get_parameter(name).copy_(tensors[name].view_as(model.get_parameter(name)))
     _strip(model)
