@@ -290,6 +290,16 @@ def test_a_refusal_leaves_the_model_alone(methods, targets, says):
     assert getattr(model, "attached", None) is None and torch.equal(logits(model), logits(new_model()))
 
 
+def test_configs_over_bfloat16_train_in_float32():
+    for config in (hf.OFTConfig(oft_block_size=8), hf.VeraConfig(r=8), hf.LoraConfig(r=4, use_dora=True)):
+        model = attach(new_model(dtype=torch.bfloat16), config)
+        model(X[:, :-1], targets=X[:, 1:])[0].backward()
+        assert {p.dtype for p in trained_parameters(model).values()} == {torch.float32}
+        tuned = logits(stir(model))
+        assert rel(logits(merge(model)), tuned) < 2e-2
+    with pytest.raises(MethodError, match="trains bfloat16 numbers"): attach(new_model(dtype=torch.bfloat16), hf.LNTuningConfig(target_modules=["att.key"]))
+
+
 def test_no_config_over_packed_storage(file):
     config = hf.OFTConfig(oft_block_size=8, target_modules=["att.key"])
     with pytest.raises(MethodError, match="is packed"): attach(load(file, device="cpu", dtype=torch.float32, quant="int8"), config)

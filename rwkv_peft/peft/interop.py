@@ -115,6 +115,8 @@ def build(model: nn.Module, config, targets: str | list[str] | None = None) -> t
             if (base.weight.shape not in shapes) and not shapes.add(base.weight.shape): layer(torch.zeros(1, base.in_features, dtype=base.weight.dtype, device=base.weight.device))
     except ImportError as e: raise MethodError(f"{name} needs a package that is missing ({_sentence(e)}): install it") from e
     except Exception as e: raise MethodError(f"{name} can't be put on this model; Hugging Face peft says: {_sentence(e)}") from e
+    coarse = next((p.dtype for layer in layers.values() for p in layer.parameters() if p.requires_grad and p.element_size() < 4), None)
+    if coarse: raise MethodError(f"{name} trains {str(coarse)[6:]} numbers here, too coarse to be trained: load the model with dtype=torch.float32")
     return holder, layers
 
 # %% ../../nbs/peft/90_interop.ipynb #7cde0122
