@@ -144,6 +144,7 @@ def test_folder_merge_and_detach(tmp_path, file, method):
     assert all(torch.equal(p, untouched[n]) for n, p in again.named_parameters()) and torch.equal(logits(again), logits(from_file(file)))
     merge(model)
     assert not any(m.adapter for m in linears(model).values()) and rel(logits(model), tuned) < 1e-5
+    for n in linears(model): assert torch.allclose(found.merged(n, untouched[f"{n}.weight"][5:29], slice(5, 29)), found.merged(n, untouched[f"{n}.weight"])[5:29], atol=1e-6), n
     for n in linears(model): assert rel(found.merged(n, untouched[f"{n}.weight"]), model.get_parameter(f"{n}.weight")) < 1e-5 or n + ".weight" in found.weights, n
 
 

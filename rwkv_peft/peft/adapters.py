@@ -348,19 +348,22 @@ class Contents:
 
     @torch.no_grad()
     def merged(self, name: str, W: Tensor, rows: slice = slice(None), seen: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """What rows `rows` of the matrix `name` of the untouched base become, from these rows W (n, in): fp32 (fp64 for a float64 W), without a model. A Bone's rows begin and end at multiples of its r.
+        """What rows `rows` of the matrix `name` of the untouched base become, from these rows W (n, in): fp32 (fp64 for a float64 W), without a model.
 
         seen: makes of rows those that stay of them in the packed base of the training, such as `model.quant.rounded`."""
         if self.foreign: raise AdapterError("this adapter is run by Hugging Face's peft: load_adapter, then merge")
         W, t = W.to(torch.promote_types(W.dtype, torch.float32)), self.adapters.get(name, {})
-        base, own = Linear(W.shape[1], W.shape[0], device="meta"), self.exact.get(name)
+        own, side = self.exact.get(name), t["bone"].shape[-1] if "bone" in t else 1
         if own: W = W - self.about["scales"][name] * own["B0"][rows].to(W) @ own["A0"].to(W)
         W = W if seen is None else seen(W)
         if not t: return W
         if own: return W + self.about["scales"][name] * own["B"][rows].to(W) @ own["A"].to(W)
-        base.weight = nn.Parameter(W, requires_grad=False)
+        before = (rows.start or 0) % side      # whole blocks of a Bone, with rows of zeros where W has none
+        whole = torch.nn.functional.pad(W, (0, 0, before, -(before + len(W)) % side))
+        base = Linear(W.shape[1], len(whole), device="meta")
+        base.weight = nn.Parameter(whole, requires_grad=False)
         cut = {"lora_B": lambda x: x[rows], "lora_magnitude_vector": lambda x: x[rows], "miss_block": lambda x: x[:, rows]}
-        return hf_adapter(base, {end: cut.get(end, lambda x: x)(x) for end, x in t.items()}, self.scale(name)).merged(W)
+        return hf_adapter(base, {end: cut.get(end, lambda x: x)(x) for end, x in t.items()}, self.scale(name)).merged(whole)[before:before + len(W)]
 
 # %% ../../nbs/peft/80_adapters.ipynb #a4e33ff6
 _MOVING = ("pissa", "olora", "loftq", "corda", "lora_ga")     # initialisations that also change W, so that the pair alone says nothing
