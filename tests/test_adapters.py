@@ -111,7 +111,7 @@ def test_hugging_face_warns_of_what_it_cannot_read(tmp_path, peft):
 
 
 @pytest.mark.parametrize("settings, says", [
-    (dict(use_dora=True), "use_dora"), (dict(init_lora_weights="pissa"), "changes the base as well"), (dict(bias="all"), "biases"), (dict(trainable_token_indices={"emb": [1, 2]}), "trainable_token_indices"),
+    (dict(init_lora_weights="pissa"), "changes the base as well"), (dict(bias="all"), "biases"), (dict(trainable_token_indices={"emb": [1, 2]}), "trainable_token_indices"),
 ])
 def test_variants_that_are_not_plain_lora_are_refused(tmp_path, peft, settings, says):
     theirs = peft.get_peft_model(new_model(), peft.LoraConfig(r=4, target_modules=["att.key"], **settings))

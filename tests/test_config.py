@@ -29,7 +29,7 @@ def refused(**settings):
     (dict(lr_init=-1.0), ["lr_init", "greater than or equal to 0", "-1.0"]), (dict(micro_bsz=2.5), ["micro_bsz: expected a whole number, got 2.5"]), (dict(micro_bsz=0), ["micro_bsz", "greater than 0"]),
     (dict(micro_bsz=True), ["micro_bsz: expected a whole number, got True"]), (dict(seed="0"), ["seed: expected a whole number"]), (dict(dropout=1.0), ["dropout", "less than 1"]),
     (dict(sample_prompts=[1]), ["sample_prompts: expected a list of texts"]), (dict(resume="yes"), ["resume: expected true or false"]), (dict(grad_cp="on"), ["grad_cp: expected true or false or 'auto', got 'on'"]),
-    (dict(lr_schedule="cosine"), ["lr_schedule: 'cosine'", "did you mean 'cos'", "wsd, linear, exp, constant"]), (dict(peft="loar"), ["peft: 'loar'", "did you mean 'lora'", "lora, state, none"]),
+    (dict(lr_schedule="cosine"), ["lr_schedule: 'cosine'", "did you mean 'cos'", "wsd, linear, exp, constant"]), (dict(peft="loar"), ["peft: 'loar'", "did you mean 'lora'", "lora, lisa, state, none"]),
     (dict(peft=3), ["peft: expected a word", "LoRA(r=8)"]), (dict(peft={"r": 8}), ["peft:", "method"]), (dict(peft=["lora", "none"]), ["peft: 'none'"]), (dict(optim="sgd"), ["optim: 'sgd'", "allowed: adamw"]),
     (dict(epochs=1.0, max_steps=3), ["epochs and max_steps"]), (dict(peft="state", r=8), ["r: peft = 'state'"]), (dict(peft="none", dropout=.1), ["dropout: peft = 'none'"]),
     (dict(peft=LoRA(r=4), r=8), ["r: with a method object"]), (dict(peft="none", train_parts=["ln"]), ["train_parts:"]), (dict(model=None), ["model: is missing"]), (dict(data=None), ["data: is missing"]),
@@ -43,7 +43,7 @@ def test_refusal(settings, words):
 
 
 @pytest.mark.parametrize("settings", [
-    dict(peft="dora"), dict(peft="pissa"), dict(peft="bone"), dict(peft="bat"), dict(peft="miss"), dict(peft="lisa"), dict(peft=["lora", "lisa"]), dict(quant="nf4"), dict(quant="fp4"), dict(quant="4bit"), dict(train_type="infctx"),
+    dict(peft="dora"), dict(peft="pissa"), dict(peft="bone"), dict(peft="bat"), dict(peft="miss"), dict(peft=["lora", "bone"]), dict(quant="nf4"), dict(quant="fp4"), dict(quant="4bit"), dict(train_type="infctx"),
     dict(chunk_ctx=512), dict(bptt="truncated"), dict(dataload="pack"), dict(dataload="pad"), dict(dataload="get"), dict(dataload="only"), dict(strategy="deepspeed_stage_2"), dict(strategy="ddp"), dict(devices=2), dict(optim="adamw8bit"),
     dict(precision="fp16"), dict(log_with="wandb"), dict(l2wrap=1e-4), dict(z_loss=1e-4), dict(layerwise_lr=True), dict(template="bot"), dict(loss_mask="qa"),
     dict(mask_id={"mask0": "0"}), dict(sft_field=["a", "b"])])

@@ -108,7 +108,7 @@ def test_storage_is_saved_moved_and_refused():
     assert all(torch.equal(x, saved[name]) for name, x in again.state_dict().items())
     assert model.bfloat16().blocks[0].att.key.storage.scale.dtype == torch.float32
     with pytest.raises(ValueError, match="int8_matmul"): quantize(model, "int8", int8_matmul="quick")
-    with pytest.raises(ValueError, match="nf4"): quantize(model, "nf4")
+    with pytest.raises(ValueError, match="packed as int8, and nf4"): quantize(model, "nf4")
     model = lora()
     model.blocks[0].att.key.weight.requires_grad_(True)
     with pytest.raises(ValueError, match="blocks.0.att.key trains"): quantize(model)

@@ -20,7 +20,7 @@ from rwkv_peft.train.loop import Run, finetune
 from test_train import ROWS, losses, make, of, tiny
 
 torch.set_num_threads(1)
-METHODS = {"lora": dict(peft="lora", r=4, dropout=.2, lr_init=1e-2), "state": dict(peft="state", lr_init=1e-1), "none": dict(peft="none", lr_init=1e-3)}
+METHODS = {"lora": dict(peft="lora", r=4, dropout=.2, lr_init=1e-2), "state": dict(peft="state", lr_init=1e-1), "none": dict(peft="none", lr_init=1e-3), "lisa": dict(peft={"method": "lisa", "layers": 1, "every": 3}, lr_init=1e-3)}
 
 
 @pytest.fixture(scope="module")

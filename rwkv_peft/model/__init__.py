@@ -1,7 +1,7 @@
 from rwkv_peft import lazy
 
 _public = {"World": "tokenizer", "Bytes": "tokenizer", "Stream": "tokenizer", "tokenizer_for": "tokenizer",
-           "Linear": "linear", "quantize": "quant", "Int8": "quant",
+           "Linear": "linear", "quantize": "quant", "Int8": "quant", "FourBit": "quant", "storage_of": "quant", "rounded": "quant",
            "CheckpointError": "files",
            "State": "state", "save_state": "state", "load_state": "state",
            "RWKV": "rwkv", "RWKVConfig": "rwkv",

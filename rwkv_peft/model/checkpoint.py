@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .files import CheckpointError, read_tensors, write_tensors
 from .linear import Linear
 from .names import renamed, to_official
-from .quant import quantize
+from .quant import kind_of, quantize
 from .rwkv import RWKV, RWKVConfig
 
 # %% ../../nbs/model/60_checkpoint.ipynb #ae47cb9e
@@ -177,8 +177,9 @@ def fastest_dtype(device: str | torch.device) -> torch.dtype:
 def load(path_or_name: str | os.PathLike, device=None, dtype: torch.dtype | None = None, quant: str | None = None, int8_matmul: str = "dequant") -> RWKV:
     """An RWKV of version 5.2, 6 or 7 from a path, a bundled name or `hf://owner/repo/file`; every parameter trainable. `device` None: a GPU if there is one.
 
-    `dtype` None: `fastest_dtype`, printed. `time_state`s in the file become tuned states, at least fp32. A CheckpointError says in one sentence why a file can't be used."""
-    if quant not in (None, "none", "int8"): raise ValueError(f"quant={quant!r} is not built in yet: use 'int8' or leave it out")
+    `dtype` None: `fastest_dtype`, printed. `quant`: how the matrices of att and ffn are stored (int8, nf4, fp4; see `model.quant`). `time_state`s in the file become tuned states, at least fp32.
+    A CheckpointError says in one sentence why a file can't be used."""
+    quant = kind_of(quant)
     device, chosen = device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype
     tensors, names = _read(path_or_name)
     dtype, model = dtype or fastest_dtype(device), blank(config_of(tensors))
@@ -191,7 +192,7 @@ def load(path_or_name: str | os.PathLike, device=None, dtype: torch.dtype | None
     model.origin = {name: x.clone() if name in _UNUSED else x.to("meta") for name, x in tensors.items()}
     if names != "official": print(f"{Path(model.source).name}: an RWKV-{model.config.version} with {names} names, read as official ones")
     if chosen is None: print(f"{Path(model.source).name}: {sum(p.numel() for p in model.parameters()):,} parameters as {str(dtype).split('.')[1]} on {device}")
-    return quantize(model, quant or "none", int8_matmul)
+    return quantize(model, quant, int8_matmul)
 
 # %% ../../nbs/model/60_checkpoint.ipynb #4c0bfc77
 def base_tensors(model: RWKV) -> dict[str, Tensor]:

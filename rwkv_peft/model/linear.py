@@ -28,7 +28,7 @@ class FrozenProduct(torch.autograd.Function):
 class Linear(nn.Linear):
     """An `nn.Linear` with a slot for one adapter, and one for a packed weight. weight: (out_features, in_features), as in official files; None once packed.
 
-    `adapter` is None or a module called as `adapter(x, linear)`; its parameters appear as `<name>.adapter.*`. `storage` is None (dense) or a module such as `model.quant.Int8`."""
+    `adapter` is None or a module called as `adapter(x, linear)`; its parameters appear as `<name>.adapter.*`. `storage` is None (dense) or a module such as `Int8` or `FourBit` of `model.quant`."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False, device=None, dtype=None):
         super().__init__(in_features, out_features, bias, device, dtype)
@@ -56,6 +56,11 @@ class Linear(nn.Linear):
     def dense(self) -> Tensor:
         "The weight as a dense (out_features, in_features) tensor, however it is stored."
         return self.weight if self.storage is None else self.storage.dense()
+
+    def _load_from_state_dict(self, tensors: dict, prefix: str, *rest) -> None:
+        packed = next((name for name in tensors if name.startswith(f"{prefix}storage.")), None)
+        if packed and self.storage is None: raise ValueError(f"load_state_dict: {packed} belongs to a packed matrix, and this model's is dense; pack it first, as model.quant.quantize does")
+        super()._load_from_state_dict(tensors, prefix, *rest)
 
     @property
     def dtype(self) -> torch.dtype: return (self.weight if self.storage is None else self.storage).dtype

@@ -58,7 +58,7 @@ class Rows(BaseModel):
 # %% ../../nbs/train/10_config.ipynb #93c3abf0
 class Method(BaseModel):
     "What is trained"
-    peft: Any = setting("lora", "the method: a word, a method object, a table, or a list of them; none trains every weight", later=("pissa", "bone", "bat", "miss", "dora", "lisa"))
+    peft: Any = setting("lora", "the method: a word, a method object, a table, or a list of them; none trains every weight", later=("pissa", "bone", "bat", "miss", "dora"))
     r: int = setting(16, "rank of the correction", gt=0)
     alpha: float | None = setting(None, "scale of the correction times r; unset: r, a scale of 1", gt=0)
     dropout: float = setting(0.0, "dropout before the adapter", ge=0, lt=1)
@@ -170,7 +170,7 @@ def _short(value) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 # %% ../../nbs/train/10_config.ipynb #ba17f43a
-METHODS = {"lora": "LoRA", "state": "StateTuning", "train": "Train"}  # the word of a method, and its class
+METHODS = {"lora": "LoRA", "lisa": "LISA", "state": "StateTuning", "train": "Train"}  # the word of a method, and its class
 
 def recorded(value):
     "What a TOML file holds in place of `value`: itself, a table for a method object, `<a description>` for any other object. `None` stays None and is left out."
@@ -186,10 +186,10 @@ def recorded(value):
     return f"<{getattr(value, '__name__', type(value).__name__)}{size}>"
 
 # %% ../../nbs/train/10_config.ipynb #c3fd4f0a
-def check_method(value, known: tuple = ("lora", "state", "none"), later: tuple = ("pissa", "bone", "bat", "miss", "dora", "lisa")):
+def check_method(value, known: tuple = ("lora", "lisa", "state", "none"), later: tuple = ("pissa", "bone", "bat", "miss", "dora")):
     "`value`, or a ValueError when it is no method: one sentence with the nearest word."
     if isinstance(value, (list, tuple)) and "none" in [v for v in value if isinstance(v, str)]: raise ValueError("peft: 'none' trains every weight, by itself; give it alone, without a list")
-    if isinstance(value, (list, tuple)) and value: return [check_method(v, ("lora", "state"), later) for v in value]
+    if isinstance(value, (list, tuple)) and value: return [check_method(v, ("lora", "lisa", "state"), later) for v in value]
     if is_dataclass(value) and type(value).__name__ in METHODS.values(): return value
     word = value.get("method") if isinstance(value, dict) else value
     known = (*METHODS,) if isinstance(value, dict) else known
@@ -300,7 +300,7 @@ def check_combinations(config: Config):
     if config.int8_matmul != "dequant" and config.quant != "int8": raise ValueError(f"int8_matmul = {config.int8_matmul!r} is the product of int8 matrices; say quant = 'int8' as well")
     if config.epochs is not None and config.max_steps is not None: raise ValueError("epochs and max_steps both say how long the run is; give one of them")
     shorthand = [n for n in ("r", "alpha", "dropout") if n in config.model_fields_set and getattr(config, n) != type(config).model_fields[n].default]
-    if shorthand and peft in ("none", "state") and "peft" in config.model_fields_set:
+    if shorthand and peft in ("none", "state", "lisa") and "peft" in config.model_fields_set:
         raise ValueError(f"{shorthand[0]}: peft = {peft!r} has no {shorthand[0]}; leave it out")
     if shorthand and not isinstance(peft, str):
         raise ValueError(f"{shorthand[0]}: with a method object or table, say it there, as in LoRA(r=8)")
@@ -348,6 +348,6 @@ def settings_table(cls: type[Config] = Config) -> list[dict]:
         for name in group.__annotations__:
             field = cls.model_fields[name]
             later = field.json_schema_extra["later"]
-            allowed = [w for w in (words(field.annotation) or (["lora", "state", "none"] if name == "peft" else [])) if w not in later]
+            allowed = [w for w in (words(field.annotation) or (["lora", "lisa", "state", "none"] if name == "peft" else [])) if w not in later]
             rows.append({"group": group.__doc__, "name": name, "allowed": allowed, "expects": expected(field.annotation), "default": field.default, "description": field.description, "later": later})
     return rows

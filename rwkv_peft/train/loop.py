@@ -27,15 +27,16 @@ from ..model.state import save_state
 from ..model.tokenizer import tokenizer_for
 from ..kernels.heap import keep_heap
 from ..peft.adapters import attach, detach, load_adapter, save_adapter, trained_parameters
+from ..peft.lisa import refit, refuse_with_zero
 from .config import Config, ConfigError, recorded
 from .evaluate import evaluate, trained_bytes
 from .events import EventLog, event, read_events, timeline
 from .folder import OwnRandomness, checkpoints, folder_of, holds_run, load_checkpoint, load_config, load_rows, prune, save_changes, save_checkpoint, save_config, save_rows
 from .loss import accumulate, on_device, trained_tokens
-from .optim import default_lr, lr_at, make_optimizer, methods_of, set_lr
+from .optim import default_lr, lr_at, make_optimizer, methods_of, parameter_groups, set_lr
 
 # %% auto #0
-__all__ = ['TrainingError', 'Feed', 'patient', 'accelerator_on', 'read_rows_of', 'load_base', 'settle', 'take_step',
+__all__ = ['TrainingError', 'Feed', 'patient', 'accelerator_on', 'read_rows_of', 'load_base', 'settle', 'take_step', 'turn',
            'peak_memory', 'not_finite', 'examine', 'speak', 'keep', 'put_back', 'go_on', 'finish', 'save_results',
            'train', 'halt', 'prepare', 'left_by', 'check_same', 'make_trainable', 'begin', 'find_rate', 'plan_of',
            'report_of', 'Run', 'events_of', 'last_words', 'finetune']
@@ -113,7 +114,8 @@ def load_base(config: Config) -> nn.Module:
     if not isinstance(config.model, str): return config.model
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     kinds = {"fp32": torch.float32, "bf16": torch.bfloat16, "auto": fastest_dtype(device)}
-    dtype = torch.float32 if config.train_parts or config.peft == "none" else kinds[config.precision]
+    whole = config.peft == "none" or any(hasattr(m, "names") for m in methods_of(config))      # methods that train the model's own tensors name them
+    dtype = torch.float32 if whole else kinds[config.precision]
     return load(config.model, device=device, dtype=torch.float32 if dtype == torch.float16 else dtype)  # fp16 needs loss scaling, which is not in this version
 
 # %% ../../nbs/train/70_loop.ipynb #f7214e14
@@ -145,9 +147,16 @@ def take_step(run: Run) -> dict:
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     run.step += 1
+    turn(run)
     found = [i for b in taken for i in b.rows]
     return {"step": run.step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": sum(run.lengths[i] for i in found),
             "seconds": time.perf_counter() - began, "memory": peak_memory(run.device), "rows": found}
+
+# %% ../../nbs/train/70_loop.ipynb #57a347c4
+def turn(run: Run):
+    "Asks the methods whose tensors take turns (those with a `redraw`) which train in the coming step; when they are others, the optimiser gets them and frees what it kept of the frozen ones."
+    turning = [m.redraw(run.model, run.step, run.config.seed) for m in run.methods if hasattr(m, "redraw")]
+    if any(turning): refit(run.optimizer, parameter_groups(trained_parameters(run.model).items(), run.config.weight_decay))
 
 # %% ../../nbs/train/70_loop.ipynb #6ab76d44
 def peak_memory(device: torch.device) -> int | None:
@@ -231,9 +240,10 @@ def go_on(run: Run):
         return
     tensors, training = load_checkpoint(run.folder)
     put_back(run, tensors, f"checkpoint step-{training['step']}")
+    run.step = run.saved = training["step"]
+    turn(run)
     run.optimizer.load_state_dict(training["optimizer"])
     run.random.state = training["random"]
-    run.step = run.saved = training["step"]
     for name in ("best_loss", "best_step", "waited", "evaluated"): setattr(run, name, training[name])
     run.feed = Feed(run.data, run.settled.micro_bsz, run.config.dataload, run.config.seed, training["epoch"], training["start"])
 
@@ -343,7 +353,10 @@ def check_same(run: Run, prints: dict, tokenizer):
 
 # %% ../../nbs/train/70_loop.ipynb #16b1a256
 def make_trainable(model: nn.Module, methods: list, config: Config) -> dict[str, nn.Parameter]:
-    "Attaches `methods` and packs what stays frozen, or sets every weight free when there are none; returns the trained parameters by name."
+    "Attaches `methods` and packs what stays frozen, or sets every weight free when there are none; returns the parameters by name that train now or in their turn: what a checkpoint must hold."
+    turning = [] if config.adapter else [m for m in methods if hasattr(m, "redraw")]
+    if turning and config.quant != "none": raise ConfigError(f"quant: packed matrices can't train, and {type(turning[0]).__name__} trains them in turns; leave quant out, or choose an adapter")
+    if turning: refuse_with_zero(config.strategy)
     if getattr(model, "attached", None): raise ConfigError("model: it carries the adapters of an earlier run; merge(model) keeps what they learnt, detach(model) takes them off")
     if not methods:
         if getattr(model, "quant", "none") != "none": raise ConfigError("model: its matrices are packed, and peft = 'none' trains them all; load it without quant, or choose an adapter")
@@ -353,7 +366,9 @@ def make_trainable(model: nn.Module, methods: list, config: Config) -> dict[str,
     else: attach(model, *methods, targets=config.targets)
     try: quantize(model, config.quant, config.int8_matmul)
     except ValueError as error: raise ConfigError(str(error)) from None
-    return trained_parameters(model)
+    for m in turning: m.redraw(model, 0, config.seed)
+    later = {n for m in turning for n in m.names(model)}
+    return {n: p for n, p in model.named_parameters() if p.requires_grad or n in later}
 
 # %% ../../nbs/train/70_loop.ipynb #4e91e269
 def begin(run: Run) -> Iterator[dict]:
@@ -371,7 +386,7 @@ def begin(run: Run) -> Iterator[dict]:
     run.log = EventLog(run.folder / "events.jsonl")
     run.accelerator = accelerator_on(run.device)
     if run.device.type == "cpu": keep_heap()
-    optimizer = make_optimizer(run.trained.items(), s.lr_init, run.config.weight_decay)
+    optimizer = make_optimizer(trained_parameters(run.model).items(), s.lr_init, run.config.weight_decay)
     run.model, run.optimizer = run.accelerator.prepare(run.model, optimizer, device_placement=[False, False])
     run.feed = Feed(run.data, s.micro_bsz, run.config.dataload, run.config.seed)
     if resuming: go_on(run)
@@ -402,7 +417,7 @@ def _versions() -> dict:
 def plan_of(run: Run) -> dict:
     "What a run will do, before it does it: sizes, rows, steps, and memory by formula (weights, gradients and optimiser; activations are not in it)."
     prepare(run)
-    s, model, trained = run.settled, run.model, sum(p.numel() for p in run.trained.values())
+    s, model, trained = run.settled, run.model, sum(p.numel() for p in run.trained.values() if p.requires_grad)
     held = {id(p): p for p in model.parameters()}.values()
     per_step = min(len(run.data), s.micro_bsz * s.accumulate)
     return {"model": str(recorded(run.config.model)), "methods": [type(m).__name__ for m in run.methods] or ["full"], "parameters": sum(p.numel() for p in held), "trained": trained,

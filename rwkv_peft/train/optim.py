@@ -11,6 +11,7 @@ import math
 import re
 import torch
 from torch import nn
+from ..peft.lisa import LISA
 from ..peft.lora import LoRA
 from ..peft.parts import Train
 from ..peft.state_tuning import StateTuning
@@ -19,8 +20,9 @@ from .config import METHODS, Config, ConfigError, state_only
 # %% ../../nbs/train/50_optim.ipynb #6ca6fdfe
 def method_of(value, config: Config):
     "The method object that a word, a table or an object means; `r`, `alpha` and `dropout` of `config` go to a word."
-    classes = {"lora": LoRA, "state": StateTuning, "train": Train}
+    classes = {"lora": LoRA, "lisa": LISA, "state": StateTuning, "train": Train}
     if value == "lora": return LoRA(r=config.r, alpha=config.alpha, dropout=config.dropout)
+    if value == "lisa": return LISA()
     if value == "state": return StateTuning(init=config.state) if config.state else StateTuning()
     if not isinstance(value, dict): return value
     told = {k: v for k, v in value.items() if k != "method" and not (isinstance(v, str) and v.startswith("<"))}
