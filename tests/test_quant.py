@@ -329,3 +329,15 @@ def test_zero3_partitions_packed_matrices_and_trains_the_same():
     told = json.loads(done.stdout.strip().splitlines()[-1])
     assert told["parts"] == 36 and told["left"] == 0                   # each process holds its share only, before and after
     assert told["exact"] and told["losses"] == pytest.approx(told["expected"], rel=1e-5) and told["losses"][-1] < told["losses"][0]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA card")
+@every
+def test_a_card_packs_and_multiplies_the_same(kind):
+    torch.manual_seed(0)
+    W, x = torch.randn(96, 128), torch.randn(5, 128)
+    here, there = storage_of(W, kind), storage_of(W.cuda(), kind)
+    assert all(torch.equal(a, b.cpu()) for a, b in zip(here.state_dict().values(), there.state_dict().values()))
+    for dtype in FLOATS: torch.testing.assert_close(there.dense(dtype).cpu(), here.dense(dtype), rtol=torch.finfo(dtype).eps, atol=0)
+    torch.testing.assert_close(here.cuda().product(x.cuda()).cpu(), x @ there.dense().cpu().T, rtol=1e-4, atol=1e-4)
+    if kind != "int8": assert four_bit_status("cuda")[0]
