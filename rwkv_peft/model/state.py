@@ -110,7 +110,7 @@ def mix(states: list[State] | list[dict[str, Tensor]], weights: list[float] | No
     """The sum of `weights[i] * states[i]`, of `State`s or of dictionaries as `load_state` returns them; weights None: their mean.
 
     A ValueError unless all are of one kind and have the same layers and shapes."""
-    weights = [1 / len(states)] * len(states) if weights is None else list(weights)
+    weights = [1 / len(states) for _ in states] if weights is None else list(weights)
     if not states or len(weights) != len(states): raise ValueError(f"mix: {len(states)} states and {len(weights)} weights: give one weight for each state, and at least one state")
     if len({isinstance(s, State) for s in states}) > 1: raise ValueError("mix: a State and tuned states by name can't be mixed: write state.named() for the State")
     parts = [vars(s) if isinstance(s, State) else s for s in states]

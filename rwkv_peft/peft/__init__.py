@@ -2,6 +2,6 @@ from rwkv_peft import lazy
 
 _public = {"LoRA": "lora", "MethodError": "lora",
            "LISA": "lisa", "StateTuning": "state_tuning", "state_after": "state_tuning",
-           "Train": "parts",
+           "Train": "parts", "Table": "parts",
            "attach": "adapters", "detach": "adapters", "merge": "adapters", "save_adapter": "adapters", "load_adapter": "adapters", "trained_parameters": "adapters", "AdapterError": "adapters"}
 __getattr__, __dir__ = lazy(__name__, _public)
