@@ -37,6 +37,8 @@ def _read_pth(path: Path) -> dict:
         raise CheckpointError(f"{path} is damaged: PyTorch can't read it, so copy or download it again") from None
 
 # %% ../../nbs/model/25_files.ipynb #e998ae82
+_SAFE = (".safetensors", ".st", ".state")      # the last two: safetensors as web-rwkv and Ai00 call them
+
 def _read_safetensors(path: Path) -> dict:
     try:
         with safe_open(path, framework="pt") as file: return {name: file.get_tensor(name) for name in file.keys()}
@@ -45,13 +47,13 @@ def _read_safetensors(path: Path) -> dict:
 
 # %% ../../nbs/model/25_files.ipynb #4752718c
 def read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
-    """The tensors of a `.safetensors` file or of a PyTorch file (any other suffix), by name and in the file's order, on the CPU.
+    """The tensors of a `.safetensors`, `.st` or `.state` file (all three are safetensors) or of a PyTorch file (any other suffix), by name and in the file's order, on the CPU.
 
     Nothing in the file is executed. A CheckpointError says in one sentence why a file can't be read."""
     path = Path(path)
     if path.is_dir(): raise CheckpointError(f"{path} is a folder: name the .pth or .safetensors file in it")
     if not path.exists(): raise CheckpointError(f"{path} doesn't exist: check the path")
-    tensors = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pth(path)
+    tensors = _read_safetensors(path) if path.suffix in _SAFE else _read_pth(path)
     if not isinstance(tensors, dict): raise CheckpointError(f"{path} holds a {type(tensors).__name__}, not a dictionary of tensors")
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
@@ -67,17 +69,17 @@ def write_safetensors(tensors: dict[str, Tensor], path: str | os.PathLike, metad
 
 # %% ../../nbs/model/25_files.ipynb #49747103
 def write_tensors(tensors: dict[str, Tensor], path: str | os.PathLike, metadata: dict[str, str] | None = None) -> Path:
-    """Write `tensors` to `path`, a `.pth` (in this order) or a `.safetensors` (with `metadata`): whole or not at all. Returns the path.
+    """Write `tensors` to `path`, a `.pth` (in this order) or a `.safetensors`, `.st` or `.state` (with `metadata`): whole or not at all. Returns the path.
 
     A CheckpointError says why nothing was written; what was there before is still there then."""
     path = Path(path)
-    if path.suffix not in (".pth", ".safetensors"): raise CheckpointError(f"{path} can't be written: end the name in .pth or .safetensors")
+    if path.suffix not in (".pth", *_SAFE): raise CheckpointError(f"{path} can't be written: end the name in .pth or .safetensors")
     if metadata and path.suffix == ".pth": raise CheckpointError(f"{path} can't hold metadata: end the name in .safetensors")
     plain = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".safetensors": write_safetensors(plain, temporary, metadata)
+        if path.suffix in _SAFE: write_safetensors(plain, temporary, metadata)
         with open(temporary, "ab") as file:
             if path.suffix == ".pth": torch.save(plain, file)
             file.flush()
