@@ -314,6 +314,29 @@ def test_weight_and_adapter_can_train_together():
     for a, b in zip(ours, (part.A.grad, part.B.grad, part.m.grad, part.weight.grad)): assert rel(a, b) < 1e-9
 
 
+@pytest.mark.parametrize("version", ["5.2", "6", "7"])
+def test_every_version_and_the_head_take_it(version):
+    torch.manual_seed(0)
+    model = RWKV(RWKVConfig(version, n_layer=2, n_embd=32, head_size=16, vocab_size=256, dim_ffn=96)).double()
+    with torch.no_grad():
+        for p in model.parameters(): p.add_(0.1 * torch.randn_like(p))
+    stir(attach(model, DoRA(r=4), targets=["att", "ffn", "head"]))
+    spelled = copy.deepcopy(model)
+    for part in find_linears(spelled, ["att", "ffn", "head"]).values(): part.adapter.forward = lambda z, base, a=part.adapter: literal(z, base.weight, a.A, a.B, a.m, a.s)
+    found = []
+    for m in (model, spelled):
+        loss = loss_of(m, rows())
+        found.append([loss, *torch.autograd.grad(loss, list(trained_parameters(m).values()))])
+    assert len(found[0]) == 1 + 3 * len(find_linears(model, ["att", "ffn", "head"]))
+    for a, b in zip(*found): assert rel(a, b) < 1e-8
+    model.eval()
+    with torch.no_grad():
+        whole, state = model(rows())[0], None
+        for t in range(17):
+            y, state = model(rows()[:, t:t + 1], state)      # one token at a time, as in generation, with the lengths kept
+            assert rel(y[:, 0], whole[:, t]) < 1e-8
+
+
 def test_rows_of_zeros_stay_finite():
     layer = Linear(16, 8).requires_grad_(False)
     layer.weight[2:5] = 0

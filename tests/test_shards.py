@@ -288,6 +288,30 @@ def test_weight_and_adapter_can_train_together(method):
     for a, b in zip(ours, (theirs.D.grad, theirs.weight.grad)): assert rel(a, b) < 1e-9
 
 
+@pytest.mark.parametrize("version", ["5.2", "6", "7"])
+@pytest.mark.parametrize("method", METHODS, **named)
+def test_every_version_and_the_head_take_it(version, method):
+    torch.manual_seed(0)
+    model = RWKV(RWKVConfig(version, n_layer=2, n_embd=32, head_size=16, vocab_size=256, dim_ffn=96)).double()
+    with torch.no_grad():
+        for p in model.parameters(): p.add_(0.1 * torch.randn_like(p))
+    stir(attach(model, method, targets=["att", "ffn", "head"]))
+    literal, matrix = copy.deepcopy(model), miss_matrix if isinstance(method, MiSS) else bone_matrix
+    for part in find_linears(literal, ["att", "ffn", "head"]).values(): part.adapter.forward = lambda z, base, a=part.adapter: z @ matrix(base.weight, a.D).T
+    found = []
+    for m in (model, literal):
+        loss = loss_of(m, rows())
+        found.append([loss, *torch.autograd.grad(loss, list(trained_parameters(m).values()))])
+    assert len(found[0]) == 1 + len(find_linears(model, ["att", "ffn", "head"]))
+    for a, b in zip(*found): assert rel(a, b) < 1e-8
+    model.eval()
+    with torch.no_grad():
+        whole, state = model(rows())[0], None
+        for t in range(17):
+            y, state = model(rows()[:, t:t + 1], state)      # one token at a time, as in generation
+            assert rel(y[:, 0], whole[:, t]) < 1e-8
+
+
 @pytest.mark.parametrize("method", METHODS, **named)
 def test_checkpointing_a_bias_and_a_copy(method):
     torch.manual_seed(0)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['row_lengths', 'DoRAProduct', 'DoRAAdapter', 'DoRA']
 
-# %% ../../nbs/peft/40_magnitude.ipynb #19a6bbdf
+# %% ../../nbs/peft/40_magnitude.ipynb #31446694
 from dataclasses import dataclass
 from numbers import Real
 import math
@@ -15,7 +15,7 @@ from ..model.linear import Linear
 from .lora import MethodError, dropout_mask
 from .shards import put_adapters, whole_r
 
-# %% ../../nbs/peft/40_magnitude.ipynb #e2e3162c
+# %% ../../nbs/peft/40_magnitude.ipynb #fc1a14ab
 @torch.no_grad()
 def row_lengths(square: Tensor, WA: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
     "The row lengths (out,) of W + s B A, from ‖W‖² `square` (out,), `WA` = W Aᵀ (out, r), A (r, in) and B (out, r); inf below 1e-15, where there is no direction: m / inf = 0."
@@ -23,7 +23,7 @@ def row_lengths(square: Tensor, WA: Tensor, A: Tensor, B: Tensor, s: float) -> T
     found = square + (B * (2 * WA + B @ (A @ A.T).to(square.dtype))).sum(1)
     return torch.where(found > 1e-30, found.clamp_min(0).sqrt(), torch.inf)
 
-# %% ../../nbs/peft/40_magnitude.ipynb #56503bfe
+# %% ../../nbs/peft/40_magnitude.ipynb #476bec6f
 class DoRAProduct(torch.autograd.Function):
     """`c ⊙ (x Wᵀ + s (drop(x) Aᵀ) Bᵀ)` with c = m / `length`, for x (..., in), A (r, in), B (out, r), m and length (out,) over a `Linear` of any storage.
 
@@ -61,7 +61,7 @@ class DoRAProduct(torch.autograd.Function):
             dx = (dx.addmm_(gB, a) if mask is None else dx.addcmul_(gB @ a, mask)).view_as(x)
         return dx, dA, dB, dm, None, dW, None, None, None
 
-# %% ../../nbs/peft/40_magnitude.ipynb #fd70111e
+# %% ../../nbs/peft/40_magnitude.ipynb #78dbe2c0
 class DoRAAdapter(nn.Module):
     "The learnt A (r, in), B (out, r) as LoRA's, and m (out,), the row lengths of W at the start; fp32 (fp64 over a float64 base)."
     rewrites = False
@@ -102,7 +102,7 @@ class DoRAAdapter(nn.Module):
 
     def extra_repr(self) -> str: return f"r={len(self.A)}, scale={self.s:g}, dropout={self.dropout:g}"
 
-# %% ../../nbs/peft/40_magnitude.ipynb #441901fa
+# %% ../../nbs/peft/40_magnitude.ipynb #8729bf77
 @dataclass
 class DoRA:
     "Weight-decomposed low-rank adaptation (arXiv 2402.09353): W' = m ⊙ (W + s B A) / ‖W + s B A‖ by rows, s = alpha / r."

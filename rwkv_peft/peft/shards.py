@@ -6,7 +6,7 @@
 __all__ = ['Bat', 'shard_sum', 'add_to_shards', 'MiSSProduct', 'BoneProduct', 'MiSSAdapter', 'BoneAdapter', 'put_adapters',
            'whole_r', 'MiSS', 'Bone', 'seed_method']
 
-# %% ../../nbs/peft/30_shards.ipynb #2e5f0552
+# %% ../../nbs/peft/30_shards.ipynb #c1b78ff0
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..model.linear import Linear
 from .lora import LoRAProduct, MethodError, find_linears
 
-# %% ../../nbs/peft/30_shards.ipynb #9e2c0a07
+# %% ../../nbs/peft/30_shards.ipynb #df0bdf98
 def shard_sum(x: Tensor, r: int) -> Tensor:
     "x (n, width) -> (n, r): its shards of r numbers added up, the last one cut short where r does not divide the width."
     whole = x.shape[1] - x.shape[1] % r
@@ -25,7 +25,7 @@ def shard_sum(x: Tensor, r: int) -> Tensor:
     if whole < x.shape[1]: total[:, :x.shape[1] - whole] += x[:, whole:]
     return total
 
-# %% ../../nbs/peft/30_shards.ipynb #ab65a430
+# %% ../../nbs/peft/30_shards.ipynb #13bb346c
 def add_to_shards(y: Tensor, t: Tensor) -> Tensor:
     "Adds t (n, r) to every shard of y (n, width), in place; the last one takes what it has room for. Returns y."
     whole = y.shape[1] - y.shape[1] % t.shape[1]
@@ -33,7 +33,7 @@ def add_to_shards(y: Tensor, t: Tensor) -> Tensor:
     y[:, whole:].add_(t[:, :y.shape[1] - whole])
     return y
 
-# %% ../../nbs/peft/30_shards.ipynb #69144745
+# %% ../../nbs/peft/30_shards.ipynb #56800fbb
 class MiSSProduct(torch.autograd.Function):
     """`x Wᵀ + (sum of x's shards) D` for x (..., in), D (r, out) over a `Linear` of any storage.
 
@@ -57,7 +57,7 @@ class MiSSProduct(torch.autograd.Function):
         if need[0]: dx = add_to_shards(ctx.base.product_back(g), g @ D.to(g.dtype).T).view(ctx.shape)
         return dx, dD, dW, None
 
-# %% ../../nbs/peft/30_shards.ipynb #31caae80
+# %% ../../nbs/peft/30_shards.ipynb #aa465bfe
 class BoneProduct(torch.autograd.Function):
     """`x W'ᵀ` with W'_ab = W_ab + W_ab D_b + D_b, for x (..., in), D (in/r, r, r) over a `Linear` of any storage; W' is never built.
 
@@ -87,7 +87,7 @@ class BoneProduct(torch.autograd.Function):
             if need[0]: dx = t.add_(torch.einsum("nbp,bpq->nbq", u, D.to(u.dtype))).view_as(x)
         return dx, dD, dW, None
 
-# %% ../../nbs/peft/30_shards.ipynb #bbabc4c4
+# %% ../../nbs/peft/30_shards.ipynb #8977a1cb
 class MiSSAdapter(nn.Module):
     "The learnt D (r, out) of one `Linear`: zero at the start; fp32 (fp64 over a float64 base)."
     rewrites = False
@@ -112,11 +112,13 @@ class MiSSAdapter(nn.Module):
         return self.D.T.repeat(1, -(-self.width // len(self.D)))[:, :self.width].contiguous()
 
     @torch.no_grad()
-    def merged(self, W: Tensor) -> Tensor: return W.to(self.D.dtype) + self.delta()
+    def merged(self, W: Tensor) -> Tensor:
+        "W (out, in) -> W + ΔW, in the masters' type."
+        return W.to(self.D.dtype) + self.delta()
 
     def extra_repr(self) -> str: return f"r={len(self.D)}"
 
-# %% ../../nbs/peft/30_shards.ipynb #0472e03f
+# %% ../../nbs/peft/30_shards.ipynb #6a76c16e
 class BoneAdapter(nn.Module):
     "The learnt squares D (in/r, r, r) of one `Linear`: zero at the start; fp32 (fp64 over a float64 base)."
     rewrites = False
@@ -138,7 +140,7 @@ class BoneAdapter(nn.Module):
 
     def extra_repr(self) -> str: return f"r={self.D.shape[-1]}"
 
-# %% ../../nbs/peft/30_shards.ipynb #bde083b6
+# %% ../../nbs/peft/30_shards.ipynb #51051845
 def put_adapters(model: nn.Module, targets: str | list[str] | None, make: Callable[[str, Linear], nn.Module]) -> None:
     "Gives each targeted `Linear` the adapter `make(name, base)`, all or none. MethodError for a matrix that has one already, and whatever `make` raises."
     chosen = find_linears(model, targets)
@@ -147,13 +149,13 @@ def put_adapters(model: nn.Module, targets: str | list[str] | None, make: Callab
     adapters = {name: make(name, base) for name, base in chosen.items()}
     for name, base in chosen.items(): base.adapter = adapters[name]
 
-# %% ../../nbs/peft/30_shards.ipynb #a2084c9c
+# %% ../../nbs/peft/30_shards.ipynb #cef51e33
 def whole_r(method: str, r: int) -> int:
     "`r` as an int, or a MethodError that names the method."
     if not isinstance(r, Integral) or isinstance(r, bool) or r < 1: raise MethodError(f"{method}: r={r!r} must be a whole number from 1")
     return int(r)
 
-# %% ../../nbs/peft/30_shards.ipynb #724d878d
+# %% ../../nbs/peft/30_shards.ipynb #26107c8b
 @dataclass
 class MiSS:
     "Matrix shard sharing (arXiv 2409.15371): ΔW is one Dᵀ (out, r), repeated over the input's shards. r·out numbers for each matrix; r need not divide anything."
@@ -168,7 +170,7 @@ class MiSS:
             return MiSSAdapter(base, self.r)
         put_adapters(model, targets, make)
 
-# %% ../../nbs/peft/30_shards.ipynb #6fb21c29
+# %% ../../nbs/peft/30_shards.ipynb #aa2e0a83
 @dataclass
 class Bone:
     "Block affine (the 2024 'Bone', later 'Bat' by rows; arXiv 2409.15371): W'_ab = W_ab + W_ab D_b + D_b. r·in numbers for each matrix; r must divide both sides."
@@ -186,10 +188,10 @@ class Bone:
             return BoneAdapter(base, self.r)
         put_adapters(model, targets, make)
 
-# %% ../../nbs/peft/30_shards.ipynb #211a9b2e
+# %% ../../nbs/peft/30_shards.ipynb #1cb3bc4b
 Bat = Bone
 
-# %% ../../nbs/peft/30_shards.ipynb #39d02c24
+# %% ../../nbs/peft/30_shards.ipynb #cacb3fe7
 def seed_method(flags: dict) -> tuple[Bone | MiSS, str]:
     """The method that a script's flags `peft`, `bone_config`, `disha_config` and `bone_mode` meant, and one sentence that says so.
 
