@@ -32,9 +32,10 @@ def seen(W: Tensor, kind: str) -> Tensor:
     if kind == "int8":
         q, scale = quantise_rows(W)
         return (q.float() * scale[:, None]).to(W.dtype)
-    try: from rwkv_peft.model.quant import rounded
-    except ImportError: raise AdapterError(f"quant={kind!r} is not in this version: use 'int8' or 'none'") from None
-    return rounded(W, kind)
+    try:
+        from rwkv_peft.model.quant import rounded
+        return rounded(W, kind)
+    except (ImportError, ValueError): raise AdapterError(f"quant={kind!r} is not known: use 'int8' or 'none', or what model.quant can pack") from None
 
 # %% ../../nbs/export/10_merge.ipynb #e2b1727b
 def trained_over(found: Contents, folder: str | os.PathLike) -> str:
@@ -90,6 +91,7 @@ def merge_files(base: str | os.PathLike, adapter: str | os.PathLike, out: str | 
     On the CPU, in fp32, a tensor at a time; official names, the base's order and types (`dtype` for all, if given). quant: how the base was packed in training; None: what the folder says.
     state: also writes tuned states. AdapterError and CheckpointError say in one sentence what doesn't fit, before anything is written."""
     out, folder = refuse_existing(out, force), Path(adapter)
+    if out.suffix not in (".pth", ".safetensors"): raise AdapterError(f"{out} can't be written: end the name in .pth or .safetensors")
     if (folder / "adapter").is_dir() and (folder / "config.toml").exists(): folder = folder / "adapter"
     found, tensors = read_adapter(folder), read(base)
     check_fit(found, blank(config_of(tensors)), folder, check_base=False)
