@@ -54,7 +54,7 @@ def trained_over(found: Contents, folder: str | os.PathLike) -> str:
 @torch.no_grad()
 def merge_rows(W: Tensor, change: Callable[[Tensor, slice], Tensor] | None, kind: str, dtype: torch.dtype) -> Tensor:
     "W (out, in), packed as `kind` and unpacked, changed and rounded to `dtype`; computed in at least fp32, a block of rows at a time."
-    out, step = torch.empty(W.shape, dtype=dtype), 4096 * max(2 ** 24 // (4096 * W.shape[1]), 1)
+    out, step = torch.empty(W.shape, dtype=dtype), 64 * max(2 ** 21 // (64 * W.shape[1]), 1)
     for start in range(0, len(W), step):
         rows = slice(start, start + step)
         block = seen(W[rows].to(torch.promote_types(W.dtype, torch.float32)), kind)

@@ -104,10 +104,10 @@ def export_hf(model_or_file: nn.Module | str | os.PathLike, out: str | os.PathLi
     nbytes, kind = sum(x.nbytes for x in parts.values()), dtype or tensors["head.weight"].dtype
     refuse_existing(out, force)
     check_room(Path(out), nbytes)
-    say(f"{Path(out).name}: {len(parts)} tensors with {names} names, {nbytes / 1e6:,.0f} MB to write")
     tokenizer = {"tokenizer_class": "RWKV7Tokenizer", "model_vocab_size": config.vocab_size, "eos_token": "<|endoftext|>", "pad_token": "<|padding|>", "chat_template": CHAT_TEMPLATE}
 
     def write(new: Path) -> None:
+        say(f"{Path(out).name}: {len(parts)} tensors with {names} names, {nbytes / 1e6:,.0f} MB to write")
         write_later(parts, new / "model.safetensors")
         files = {"config": hf_config(config, names, kind), "generation_config": {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "do_sample": True}} | ({"tokenizer_config": tokenizer} if world else {})
         for name, value in files.items(): (new / f"{name}.json").write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
