@@ -126,7 +126,7 @@ def export_gguf(model_or_file: nn.Module | str | os.PathLike, out: str | os.Path
     nbytes = sum(x.nbytes for x in parts.values())
     check_room(out, nbytes)
     say(f"{out.name}: {len(parts)} tensors of an rwkv{config.version}, F16, {nbytes / 1e6:,.0f} MB to write")
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.part")
+    temporary, writer = out.with_name(f".{out.name}.{os.getpid()}.part"), None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         writer = GGUFWriter(temporary, f"rwkv{config.version}")
@@ -137,7 +137,10 @@ def export_gguf(model_or_file: nn.Module | str | os.PathLike, out: str | os.Path
         for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_ti_data_to_file): write()
         for name, x in parts.items(): writer.write_tensor_data(x.made(name).numpy())
         writer.close()
+        with open(temporary, "rb+") as file: os.fsync(file.fileno())
         os.replace(temporary, out)
     except OSError as e: raise CheckpointError(f"{out} was not written ({e.strerror or e}): make room or choose another folder; nothing there has changed") from e
-    finally: temporary.unlink(missing_ok=True)
+    finally:
+        if writer: writer.close()
+        temporary.unlink(missing_ok=True)
     return out

@@ -30,7 +30,7 @@ def st_name(name: str) -> tuple[str, bool]:
 def as_half(x: Tensor, name: str) -> Tensor:
     "x in float16; a CheckpointError names a tensor with numbers too large for it."
     y = x.to(torch.float16)
-    if not torch.isfinite(y).all(): raise CheckpointError(f"{name} holds {float(x.abs().max()):g}, which is more than float16 can hold: this model can't be exported in half precision")
+    if not torch.isfinite(torch.stack(y.aminmax())).all(): raise CheckpointError(f"{name} holds {float(x.abs().max()):g}, which is more than float16 can hold: this model can't be exported in half precision")
     return y
 
 # %% ../../nbs/export/30_st.ipynb #227e1120
