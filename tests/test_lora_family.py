@@ -215,7 +215,7 @@ def test_the_start_over_bfloat16_costs_one_rounding_of_what_is_left():
     W = base.weight.detach().double()
     StartedAdapter(base, *balanced(*top_svd(base.weight, 16), 1.0), 1.0).place(base)
     a, b = (p.detach().to(torch.bfloat16).double() for p in (base.adapter.A, base.adapter.B))
-    error, half_a_step = base.weight.double() + b @ a - W, 2.0 ** -9 * base.weight.double().abs()
+    error, half_a_step = base.weight.double() + b @ a - W, 2.0 ** -8 * base.weight.double().abs()
     assert (error.abs() <= half_a_step * 1.01 + 1e-9).all() and base.adapter.A.dtype == torch.float32      # nothing but the rounding of W itself
     assert torch.equal(base.adapter.A, base.adapter.A0) and torch.equal(a.float(), base.adapter.A0)
 
@@ -278,7 +278,28 @@ def test_starts_equal_hugging_face_in_output_and_gradients(method, init):
         assert rel(m.weight, hf.base_model.model.get_submodule(name).base_layer.weight) < 1e-5
 
 
-@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("kind, init", [(LoRA, True), (PiSSA, "pissa"), (OLoRA, "olora")])
+def test_one_matrix_in_bfloat16_equals_hugging_face_within_rounding(kind, init):
+    peft = pytest.importorskip("peft")
+    W = new_model().blocks[1].ffn.key.weight.detach().bfloat16()
+    base, their = Linear(32, 80, dtype=torch.bfloat16), torch.nn.Linear(32, 80, bias=False, dtype=torch.bfloat16)
+    for m in (base, their): m.weight.data.copy_(W)
+    ours, hf = torch.nn.ModuleDict({"m": base}), torch.nn.ModuleDict({"m": their})
+    kind(r=4, alpha=4).attach(ours, "m")
+    hf = peft.get_peft_model(hf, peft.LoraConfig(r=4, lora_alpha=4, target_modules=["m"], init_lora_weights=init)).base_model.model["m"]
+    pair, g = (hf.lora_A["default"].weight, hf.lora_B["default"].weight), torch.randn(50, 80).bfloat16()
+    with torch.no_grad():
+        if kind is LoRA: base.adapter.B.normal_()
+        for p, q in zip((base.adapter.A, base.adapter.B), pair): q.copy_(p)
+        hf.base_layer.weight.copy_(base.weight)
+    x, z = (torch.randn(50, 32, generator=torch.Generator().manual_seed(1)).bfloat16().requires_grad_() for _ in range(2))
+    mine, other = base(x), hf(z)
+    mine.backward(g); other.backward(g)
+    assert rel(mine, other) < 5e-3 and rel(x.grad, z.grad) < 5e-3
+    for p, q in zip((base.adapter.A, base.adapter.B), pair): assert q.dtype == p.dtype == torch.float32 and rel(p.grad, q.grad) < 5e-3
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5)])
 def test_rslora_and_ranks_equal_hugging_face(dtype, bound):
     x, ours = rows(), attach(new_model(dtype=dtype), LoRA(r=4, alpha=6, rslora=True, ranks={"ffn.key": 8}))
     stir(ours)
@@ -303,7 +324,8 @@ def test_eva_equals_hugging_face_in_directions_ranks_and_output():
     x, batches = rows(), [rows(6, 40, seed=s) for s in range(3)]
     ours = attach(new_model(), EVA(r=4, alpha=8, batches=batches))
     hf = theirs(new_model(), 4, 8, init_lora_weights="eva", eva_config=peft.EvaConfig(rho=2.0, tau=0.0))
-    state = {f"base_model.model.{n}": d.V.float() for n, d in input_directions(new_model(), find_linears(new_model()), batches, dict.fromkeys(find_linears(new_model()), 8)).items()}
+    chosen = find_linears(bare := new_model())
+    state = {f"base_model.model.{n}": d.V.float() for n, d in input_directions(bare, chosen, batches, dict.fromkeys(chosen, 8)).items()}
     ranks = {n: len(m.adapter.A) if m.adapter is not None else 0 for n, m in find_linears(ours).items()}
     assert sum(ranks.values()) == 4 * len(ranks) and len(set(ranks.values())) > 1 and max(ranks.values()) <= 8
     peft.initialize_lora_eva_weights(hf, eva_state_dict={n: V[:ranks[n.removeprefix("base_model.model.")]] for n, V in state.items()})
@@ -359,18 +381,19 @@ def nuclear(x): return torch.linalg.matrix_norm(x.double(), "nuc").item()
 
 @pytest.mark.parametrize("rounds", [1, 3])
 def test_loftq_equals_the_papers_loop(packs, rounds):
-    model, before = new_model(), weights(new_model())
-    attach(model, LoftQ(r=4, rounds=rounds, kind="nf4"), targets="ffn")
-    for name, m in find_linears(model, "ffn").items():
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict({"a": Linear(128, 64), "b": Linear(64, 192)}).requires_grad_(False)      # bitsandbytes' CPU kernels err where a row is no multiple of its block of 64
+    before = weights(model)
+    LoftQ(r=4, rounds=rounds, kind="nf4").attach(model, ["a", "b"])
+    for name, m in find_linears(model, ["a", "b"]).items():
         W, rest = before[name], before[name]
         for _ in range(rounds):                              # Hugging Face's loftq_init, which runs on a GPU only
             Q = rounded(rest, "nf4")
             U, S, V = torch.linalg.svd(W - Q, full_matrices=False)
             move = U[:, :4] * S[:4] @ V[:4]
             rest = W - move
-        assert rel(m.adapter.delta(), move) < 1e-4 and rel(m.weight, rest) < 1e-5
-        end, paper = rounded(m.weight.data, "nf4") + m.adapter.delta(), Q + move
-        assert nuclear(W - end) < 1.02 * nuclear(W - paper) and nuclear(W - end) < nuclear(W - rounded(W, "nf4"))
+        assert rel(m.adapter.delta(), move) < 1e-4 and rel(m.weight, Q) < 1e-6 and rel(rounded(m.weight.data, "nf4"), Q) < 1e-6      # on the levels already
+        assert nuclear(W - rounded(m.weight.data, "nf4") - m.adapter.delta()) < 0.95 * nuclear(W - rounded(W, "nf4"))
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
@@ -378,11 +401,12 @@ def test_every_start_loses_less_to_packing_than_lora(packs, kind):
     W, _ = decaying(128, 192)
     W = W.float()
     pack = lambda M: rounded(M.float(), kind)
-    lost = lambda pair: nuclear(W - pack(W - (pair[1] @ pair[0]).float()) - pair[1] @ pair[0])
+    lost = lambda pair, Q=None: nuclear(W - (pack(W - (pair[1] @ pair[0]).float()) if Q is None else Q) - pair[1] @ pair[0])
     zero, top = (torch.zeros(16, 192), torch.zeros(128, 16)), balanced(*top_svd(W, 16), 1.0)
     plain, pissa = lost(zero), lost(top)
     assert pissa < 0.9 * plain and lost(alternate(W.double(), top, 16, 1.0, 5, pack)) < 1.001 * pissa
-    assert lost(alternate(W.double(), None, 16, 1.0, 5, pack)) < plain
+    A, B, Q = alternate(W.double(), None, 16, 1.0, 5, pack)
+    assert lost((A, B), Q) < plain
 
 
 @pytest.mark.parametrize("method", [LoRA(r=4), PiSSA(r=4), PiSSA(r=4, rounds=2, kind="int8"), LoftQ(r=4, kind="int8"), OLoRA(r=4), MiLoRA(r=4), LoRA(r=4, rslora=True)], ids=["lora", "pissa", "qpissa", "loftq", "olora", "milora", "rslora"])
@@ -470,8 +494,11 @@ def test_lorafa_equals_hugging_face(monkeypatch, alpha, ranks):
     monkeypatch.setattr(lorafa, "is_bf16_available", lambda: False)        # else it rounds the gradient to bfloat16
     other = create_lorafa_optimizer(hf, r=4, lora_alpha=alpha, lr=1e-3)
     mine = make_optimizer(trained_parameters(ours).items(), 1e-3, optim="lorafa", model=ours)
-    for group in mine.param_groups: group.update(betas=(0.9, 0.999), eps=1e-6)   # Hugging Face's
+    for group in other.param_groups: group["eps"] = 1e-30
+    for group in mine.param_groups: group.update(betas=(0.9, 0.999), eps=1e-30)      # Hugging Face adds its eps in another place, as transformers' old AdamW did
     compare_steps(ours, hf, mine, other)
+    for name in pairs_of(hf):                                                          # the moments have the size of the gradient, 1 / s² with it
+        assert rel(mine.state[ours.get_submodule(name).adapter.B]["exp_avg"], other.state[f"base_model.model.{name}.lora"]["exp_avg_B"]) < 1e-5
 
 
 @pytest.mark.parametrize("optim", ["loraplus", "lorafa"])
