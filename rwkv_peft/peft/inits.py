@@ -6,7 +6,7 @@
 __all__ = ['top_svd', 'balanced', 'StartedAdapter', 'started', 'alternate', 'packing', 'packer', 'PiSSA', 'LoftQ', 'MiLoRA',
            'OLoRA', 'Directions', 'Watcher', 'watching', 'input_directions', 'redistribute', 'EVA']
 
-# %% ../../nbs/peft/20_inits.ipynb #9e396a7c
+# %% ../../nbs/peft/20_inits.ipynb #e931fd65
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..model.linear import Linear
 from .lora import LoRA, LoRAAdapter, MethodError
 
-# %% ../../nbs/peft/20_inits.ipynb #4b927b02
+# %% ../../nbs/peft/20_inits.ipynb #4761ae48
 @torch.no_grad()
 def top_svd(W: Tensor, r: int, q: int | None = None, iterations: int = 8) -> tuple[Tensor, Tensor, Tensor]:
     """The r largest singular triples of W (o, i): U (o, r), S (r,), V (r, i), double precision on the CPU, the same for every device that W is on.
@@ -35,71 +35,75 @@ def top_svd(W: Tensor, r: int, q: int | None = None, iterations: int = 8) -> tup
     signs = V.gather(1, V.abs().argmax(1, keepdim=True)).sign()
     return U * signs.T, S, V * signs
 
-# %% ../../nbs/peft/20_inits.ipynb #1b701a08
+# %% ../../nbs/peft/20_inits.ipynb #10f61b70
 def balanced(U: Tensor, S: Tensor, V: Tensor, s: float) -> tuple[Tensor, Tensor]:
     "(A, B) with s B A = U diag(S) V, and the roots of the singular values shared between them: A (r, i), B (o, r)."
     root = (S / abs(s)).sqrt()
     return root[:, None] * V, U * (root * math.copysign(1, s))
 
-# %% ../../nbs/peft/20_inits.ipynb #800b1561
+# %% ../../nbs/peft/20_inits.ipynb #3165ce4b
 class StartedAdapter(LoRAAdapter):
-    "A LoRA pair that starts from A (r, in) and B (out, r), rounded to the type of the base; its product comes out of W when it takes its place. `A0` and `B0` keep the start."
+    "A LoRA pair that starts from A (r, in) and B (out, r), rounded to the type of the base. When it takes its place W becomes `rest` (None: W - s B A). `A0` and `B0` keep the start."
     rewrites = True
 
-    def __init__(self, base: Linear, A: Tensor, B: Tensor, s: float, dropout: float = 0.0):
+    def __init__(self, base: Linear, A: Tensor, B: Tensor, s: float, dropout: float = 0.0, rest: Tensor | None = None):
         super().__init__(base, len(A), s, dropout)
+        self._rest = rest
         for name, x in (("A", A), ("B", B)):
             if not x.is_meta: getattr(self, name).data.copy_(x.to(base.dtype))
             self.register_buffer(f"{name}0", getattr(self, name).detach().clone())
 
     @torch.no_grad()
     def place(self, base: Linear) -> None:
-        "W becomes W - s B A, and the adapter takes the slot of `base`."
-        base.weight.copy_(base.weight.to(self.A.dtype) - self.delta())
-        base.adapter = self
+        "W becomes what the pair leaves of it, and the adapter takes the slot of `base`."
+        base.weight.copy_(base.weight.to(self.A.dtype) - self.delta() if self._rest is None else self._rest)
+        base.adapter, self._rest = self, None
 
     def plain(self) -> tuple[Tensor, Tensor]:
         "A (2r, in), B (out, 2r) of a plain LoRA on the untouched base: s B A is all that has changed since `attach`."
         return torch.cat([self.A.detach(), self.A0]), torch.cat([self.B.detach(), -self.B0], 1)
 
-# %% ../../nbs/peft/20_inits.ipynb #b1a13a6c
+# %% ../../nbs/peft/20_inits.ipynb #66ac263b
 @torch.no_grad()
-def started(method: LoRA, chosen: dict[str, Linear], ranks: dict[str, int], start: Callable[[Tensor, int, float], tuple[Tensor, Tensor]]) -> dict[str, StartedAdapter]:
-    "The adapters of `chosen`, from `start(W, r, s) -> (A, B)` with W in double precision on the CPU. MethodError for a matrix that is packed or not finite; nothing is changed."
+def started(method: LoRA, chosen: dict[str, Linear], ranks: dict[str, int], start: Callable[[Tensor, int, float], tuple]) -> dict[str, StartedAdapter]:
+    "The adapters of `chosen`, from `start(W, r, s) -> (A, B, what stays of W or None for W - s B A)` with W in double precision on the CPU. MethodError for a matrix that is packed or not finite; nothing is changed."
     me = type(method).__name__
     for name, base in chosen.items():
         if base.storage is not None: raise MethodError(f"{name} is packed, and {me} changes the matrix itself: load the model without quant, attach, and quantize after that")
         if not base.weight.is_meta and not base.weight.isfinite().all(): raise MethodError(f"{name} holds values that are not finite, so {me} finds no directions in it: load another file")
     def pair(base, r, s):
-        if base.weight.is_meta: return torch.empty(r, base.in_features, device="meta"), torch.empty(base.out_features, r, device="meta")
+        if base.weight.is_meta: return torch.empty(r, base.in_features, device="meta"), torch.empty(base.out_features, r, device="meta"), None
         return start(base.weight.detach().to("cpu", torch.float64), r, s)
-    scales = {name: method.scale_of(r) for name, r in ranks.items()}
-    return {name: StartedAdapter(base, *pair(base, ranks[name], scales[name]), scales[name], method.dropout) for name, base in chosen.items()}
+    def adapter(base, r, s):
+        A, B, rest = pair(base, r, s)
+        return StartedAdapter(base, A, B, s, method.dropout, None if rest is None else rest.to(base.weight))
+    return {name: adapter(base, ranks[name], method.scale_of(ranks[name])) for name, base in chosen.items()}
 
-# %% ../../nbs/peft/20_inits.ipynb #a55900c1
+# %% ../../nbs/peft/20_inits.ipynb #6278ace7
 @torch.no_grad()
-def alternate(W: Tensor, pair: tuple[Tensor, Tensor] | None, r: int, s: float, rounds: int, pack: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    "(A, B) after `rounds` times: pack what `pair` leaves of W (None: all of it), then take the r largest directions of what is missing. `pack` gives the dense matrix that the packed one stands for."
+def alternate(W: Tensor, pair: tuple[Tensor, Tensor] | None, r: int, s: float, rounds: int, pack: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    "(A, B, Q) after `rounds` times: pack what `pair` leaves of W (None: all of it) as Q, then take the r largest directions of what is missing. `pack` gives the dense matrix that the packed one stands for."
+    Q = None
     for _ in range(rounds):
-        Q = pack(W if pair is None else W - s * pair[1] @ pair[0])
-        pair = balanced(*top_svd(W - Q.to(W), r), s)
-    return pair
+        Q = pack(W if pair is None else W - s * pair[1] @ pair[0]).to(W)
+        pair = balanced(*top_svd(W - Q, r), s)
+    return *pair, Q
 
-# %% ../../nbs/peft/20_inits.ipynb #1077501e
+# %% ../../nbs/peft/20_inits.ipynb #6f909ff6
 def packing(method: LoRA, rounds: int, kind: str | None, least: int) -> None:
     "MethodError unless `rounds` is a whole number from `least` and `kind` the name of a packed format."
     me, kinds = type(method).__name__, ("int8", "nf4", "fp4", "4bit")
     if not isinstance(rounds, Integral) or isinstance(rounds, bool) or rounds < least: raise MethodError(f"{me}: rounds={rounds!r} must be a whole number from {least}")
     if kind not in kinds and (kind is not None or rounds): raise MethodError(f"{me}: kind={kind!r} must be the format that the base will be packed in: {', '.join(kinds)}")
 
-# %% ../../nbs/peft/20_inits.ipynb #b9d58a58
+# %% ../../nbs/peft/20_inits.ipynb #bc30f9ba
 def packer(chosen: dict[str, Linear], kind: str) -> Callable[[Tensor], Tensor]:
     "W -> the dense matrix that W stands for once it is packed as `kind`, for matrices of the type of `chosen`."
     from rwkv_peft.model.quant import rounded
     dtype = next(iter(chosen.values())).dtype
     return lambda W: rounded(W.to(dtype), kind)
 
-# %% ../../nbs/peft/20_inits.ipynb #c7edc9d6
+# %% ../../nbs/peft/20_inits.ipynb #53654dec
 @dataclass
 class PiSSA(LoRA):
     "LoRA that starts from the r largest singular directions of W, which leave W (arXiv 2404.02948). A packed base after it is QPiSSA; `rounds` of `alternate` fit the pair to the format `kind`."
@@ -114,12 +118,12 @@ class PiSSA(LoRA):
     def adapters(self, model, chosen, ranks):
         "See `LoRA.adapters`."
         pack = packer(chosen, self.kind) if self.rounds else None
-        return started(self, chosen, ranks, lambda W, r, s: alternate(W, balanced(*top_svd(W, r), s), r, s, self.rounds, pack))
+        return started(self, chosen, ranks, lambda W, r, s: (*alternate(W, balanced(*top_svd(W, r), s), r, s, self.rounds, pack)[:2], None))
 
-# %% ../../nbs/peft/20_inits.ipynb #d99b07d6
+# %% ../../nbs/peft/20_inits.ipynb #087d745b
 @dataclass
 class LoftQ(LoRA):
-    "LoRA that starts from what packing W as `kind` loses (arXiv 2310.08659). The base is packed after `attach`, as `kind`."
+    "LoRA that starts from what packing W as `kind` loses (arXiv 2310.08659). W becomes the values of the packed matrix; `quantize(model, kind)` after `attach` packs them."
     rounds: int = 5             # times that packing and fitting alternate
     kind: str = "nf4"           # format of the packed base: int8, nf4, fp4
     rewrites = True
@@ -133,7 +137,7 @@ class LoftQ(LoRA):
         pack = packer(chosen, self.kind)
         return started(self, chosen, ranks, lambda W, r, s: alternate(W, None, r, s, self.rounds, pack))
 
-# %% ../../nbs/peft/20_inits.ipynb #276445a8
+# %% ../../nbs/peft/20_inits.ipynb #1ff0adcb
 @dataclass
 class MiLoRA(LoRA):
     "LoRA that starts from the r smallest singular directions of W, which leave W (arXiv 2406.09044). Takes a whole SVD of each matrix."
@@ -143,10 +147,10 @@ class MiLoRA(LoRA):
         "See `LoRA.adapters`."
         def bottom(W, r, s):
             U, S, V = torch.linalg.svd(W, full_matrices=False)
-            return balanced(U[:, -r:], S[-r:], V[-r:], s)
+            return *balanced(U[:, -r:], S[-r:], V[-r:], s), None
         return started(self, chosen, ranks, bottom)
 
-# %% ../../nbs/peft/20_inits.ipynb #83873cbb
+# %% ../../nbs/peft/20_inits.ipynb #3e7dbcd0
 @dataclass
 class OLoRA(LoRA):
     "LoRA that starts from orthonormal directions of W = Q R: B = Q[:, :r], A = R[:r], and W loses s B A (arXiv 2406.01775)."
@@ -156,10 +160,10 @@ class OLoRA(LoRA):
         "See `LoRA.adapters`."
         def first(W, r, s):
             Q, _ = torch.linalg.qr(W[:, :r])
-            return Q.T @ W, Q
+            return Q.T @ W, Q, None
         return started(self, chosen, ranks, first)
 
-# %% ../../nbs/peft/20_inits.ipynb #1c6e58cd
+# %% ../../nbs/peft/20_inits.ipynb #2a160a9c
 class Directions:
     "The k directions in which rows seen so far vary most. `V` (k, i) orthonormal, largest first; `share` (k,) of the variance along each. Twice as many are kept inside, so that little is lost between batches."
 
@@ -184,7 +188,7 @@ class Directions:
     @property
     def share(self) -> Tensor: return self._S[:self.k].square() / (self.total or 1.0)
 
-# %% ../../nbs/peft/20_inits.ipynb #a120d769
+# %% ../../nbs/peft/20_inits.ipynb #434751c3
 class Watcher(nn.Module):
     "Stands in the slot of a `Linear` and shows the rows that pass to `seen`; `keep` (B, T) bool or None says which."
 
@@ -198,7 +202,7 @@ class Watcher(nn.Module):
         y = base.product(x)
         return y if base.bias is None else y + base.bias
 
-# %% ../../nbs/peft/20_inits.ipynb #f72a5f78
+# %% ../../nbs/peft/20_inits.ipynb #f7eb6ab8
 @contextmanager
 def watching(model: nn.Module, watchers: dict[str, Watcher], chosen: dict[str, Linear]):
     "While open, `watchers` stand in the slots of `chosen` and the model evaluates; afterwards all is as before."
@@ -210,7 +214,7 @@ def watching(model: nn.Module, watchers: dict[str, Watcher], chosen: dict[str, L
         for base in chosen.values(): base.adapter = None
         model.train(training)
 
-# %% ../../nbs/peft/20_inits.ipynb #850b179a
+# %% ../../nbs/peft/20_inits.ipynb #078866cf
 @torch.no_grad()
 def input_directions(model: nn.Module, chosen: dict[str, Linear], batches: Iterable, k: dict[str, int]) -> dict[str, Directions]:
     """The directions in which the inputs of each of the `chosen` matrices vary most, `k[name]` of them, over forward passes of `batches`.
@@ -230,7 +234,7 @@ def input_directions(model: nn.Module, chosen: dict[str, Linear], batches: Itera
             model(tokens, resets=resets, targets=tokens)      # with targets, so that the logits of all positions are never held at once
     return {name: w.seen for name, w in watchers.items()}
 
-# %% ../../nbs/peft/20_inits.ipynb #65b241d0
+# %% ../../nbs/peft/20_inits.ipynb #09654944
 def redistribute(shares: dict[str, Tensor], budget: int) -> dict[str, int]:
     "name -> how many of its shares are among the `budget` largest of all."
     names = [name for name, share in shares.items() for _ in share]
@@ -239,7 +243,7 @@ def redistribute(shares: dict[str, Tensor], budget: int) -> dict[str, int]:
     for place in order.tolist(): ranks[names[place]] += 1
     return ranks
 
-# %% ../../nbs/peft/20_inits.ipynb #6f510bd9
+# %% ../../nbs/peft/20_inits.ipynb #cb31950b
 @dataclass
 class EVA(LoRA):
     """LoRA whose A starts along the directions in which the inputs vary most, B = 0, and whose ranks follow the variance that they explain (arXiv 2410.07170). W stays as it is.
