@@ -1,4 +1,5 @@
 "Merging from file to file, and what other programs read. Each format's map is written down here once more, by hand; other packages compute what can be computed."
+import ast
 import json
 import os
 import subprocess
@@ -12,15 +13,19 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from rwkv_peft import LoRA, RWKV, RWKVConfig, StateTuning, Train, attach, cli, load_adapter, save_adapter
+from rwkv_peft import LoRA, RWKV, RWKVConfig, StateTuning, Train, attach, cli, load_adapter, merge, save_adapter
 from rwkv_peft.export.formats import export, import_
 from rwkv_peft.export.later import Later, later, write_later
 from rwkv_peft.export.merge import merge_files
 from rwkv_peft.export.names import export_hf, tensors_of
-from rwkv_peft.model.checkpoint import fingerprint, load, read, save
+from rwkv_peft.model.checkpoint import fingerprint, load, official, read, save
 from rwkv_peft.model.files import CheckpointError, write_tensors
 from rwkv_peft.model.quant import quantize
 from rwkv_peft.peft.adapters import AdapterError
+from rwkv_peft.peft.inits import LoftQ, MiLoRA, OLoRA, PiSSA
+from rwkv_peft.peft.lisa import LISA
+from rwkv_peft.peft.magnitude import DoRA
+from rwkv_peft.peft.shards import Bone, MiSS
 from test_names import fla as fla_names_of
 
 SIZES = {"5.2": {}, "6": {"mix_rank": 6, "decay_rank": 10}, "7": {"w_rank": 8, "a_rank": 12, "v_rank": 4, "g_rank": 20}}
@@ -135,14 +140,47 @@ def test_over_int8_the_dequantised_weight_is_taken(tmp_path, made):
 
 
 def test_a_runs_folder_says_its_quantisation(tmp_path, made):
+    "A folder from before adapters said it themselves, and the head, which integer products pack as well."
     base, folder, _ = made
     run = tmp_path / "run"
     run.mkdir()
-    (run / "config.toml").write_text('quant = "int8"\n')
     os.replace(folder, run / "adapter")
-    said = []
-    merge_files(base, run, tmp_path / "m.pth", say=said.append)
-    assert any("int8" in line for line in said)
+    about = json.loads((run / "adapter/rwkv_peft.json").read_text())
+    assert about.pop("quant") is None
+    before, heads = read(base)["head.weight"], {}
+    for words, quant, lines in (("quant = 'int8'", "", 1), ("quant = 'int8'\nint8_matmul = 'fast'", "", 1), ("quant = 'int8'\nint8_matmul = 'fast'", "int8", 1), ("quant = 'int8'", None, 0)):
+        (run / "config.toml").write_text(words)
+        (run / "adapter/rwkv_peft.json").write_text(json.dumps(about | ({} if quant == "" else {"quant": quant})))
+        said = []
+        heads[words, quant] = read(merge_files(base, run, tmp_path / "m.pth", say=said.append, force=True))["head.weight"]
+        assert sum("int8" in line for line in said) == lines
+    assert [torch.equal(x, before) for x in heads.values()] == [True, False, False, True]
+
+
+METHODS = {"lora": [LoRA(4, alpha=6)], "rslora": [LoRA(4, rslora=True, ranks={"att.key": 3})], "dora": [DoRA(4, alpha=6)], "miss": [MiSS(5)], "bone": [Bone(8)], "pissa": [PiSSA(4)], "olora": [OLoRA(4)], "milora": [MiLoRA(4)],
+           "qpissa": [PiSSA(4, rounds=2, kind="nf4")], "ln": [Train("ln")], "lora and time": [LoRA(4), Train("time")], "lisa": [LISA(1, head=True)], "state": [StateTuning()], "miss and state": [MiSS(4), StateTuning()]}
+
+
+@pytest.mark.parametrize("name, kind", [(name, kind) for name in METHODS for kind in ("none", "int8", "nf4", "nf4 double") if kind == "none" or name != "lisa"])     # LISA trains what would be packed
+def test_every_method_over_every_base(tmp_path, name, kind):
+    "The file's tensors are those of `merge` in memory and its logits the tuned model's, which over a packed base are not those of the change on the base as it was."
+    packing = {"kind": kind.split()[0], "double": "double" in kind}
+    base = write_tensors({n: x * .5 for n, x in tensors("6" if "time" in name else "7", torch.float32, dim_ffn=128).items()}, tmp_path / "base.pth")
+    model = quantize(attach(load(base, device="cpu", dtype=torch.float32), *METHODS[name], **({"targets": ["att", "ffn", "head"]} if name in ("dora", "rslora") else {})), **packing)
+    torch.manual_seed(4)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad: p.add_(torch.randn_like(p), alpha=.1)
+    folder, tokens = save_adapter(model, tmp_path / "a"), torch.randint(1, 257, (2, 9))
+    with torch.no_grad(): tuned = model(tokens)[0]
+    far = lambda x: (x - tuned).abs().max() / tuned.abs().max()
+    out = merge_files(base, folder, tmp_path / "m.pth", state=True, quant=packing if "double" in kind else None, **QUIET)
+    with torch.no_grad(): assert far(load(out, device="cpu", dtype=torch.float32)(tokens)[0]) < 1e-5
+    other = read(merge_files(base, folder, tmp_path / "n.pth", state=True, quant="none", **QUIET))
+    written, memory = read(out), official(merge(model))
+    assert set(written) == set(memory) and all((written[n] - x).abs().max() <= 1e-6 * x.abs().max() for n, x in memory.items())
+    key = "blocks.1.att.key.weight"
+    assert (packing["kind"] == "none") == ((other[key] - written[key]).abs().max() < 1e-3 * written[key].abs().max())
 
 
 PEAK = """
@@ -166,21 +204,22 @@ print(peak - start)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RssAnon is Linux's")
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_memory_stays_below_three_times_the_largest_tensor(tmp_path, made, suffix):
-    "160 MB of weights, the largest tensor 33 MB; LoRA on everything, the head too."
+@pytest.mark.parametrize("suffix, form, quant", [(".pth", "lora", None), (".safetensors", "dora", {"kind": "nf4", "double": True})])
+def test_memory_stays_below_three_times_the_largest_tensor(tmp_path, made, suffix, form, quant):
+    "160 MB of weights, the largest tensor 33 MB; an adapter on everything, the head too, also over the format whose scales take a look at the whole matrix."
     base, folder, _ = made
     big = {n: Later(tuple(x.shape), torch.bfloat16, lambda s=x.shape: torch.full(s, .01, dtype=torch.bfloat16)) for n, x in
            RWKV(RWKVConfig(n_layer=3, n_embd=512, vocab_size=32768, dim_ffn=8192)).state_dict().items()}
     write_later(big, tmp_path / "big.pth")
     (tmp_path / "ad").mkdir()
     matrices = [n for n, x in big.items() if n.endswith(("att.key.weight", "att.output.weight", "ffn.key.weight", "ffn.value.weight", "head.weight"))]
-    pairs = {}
+    found = {}
     for n in matrices:
-        o, i = big[n].shape
-        pairs |= {f"base_model.model.{n.removesuffix('.weight')}.lora_A.weight": torch.randn(4, i), f"base_model.model.{n.removesuffix('.weight')}.lora_B.weight": torch.randn(o, 4)}
-    save_file(pairs, tmp_path / "ad/adapter_model.safetensors")
-    (tmp_path / "ad/adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 4}))
+        (o, i), stem = big[n].shape, f"base_model.model.{n.removesuffix('.weight')}"
+        found |= {f"{stem}.lora_A.weight": torch.randn(4, i), f"{stem}.lora_B.weight": torch.randn(o, 4)} | ({f"{stem}.lora_magnitude_vector": torch.ones(o)} if form == "dora" else {})
+    save_file(found, tmp_path / "ad/adapter_model.safetensors")
+    (tmp_path / "ad/adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 4, "use_dora": form == "dora"}))
+    (tmp_path / "ad/rwkv_peft.json").write_text(json.dumps({"quant": quant and quant | {"head": True}}))
     ran = subprocess.run([sys.executable, "-c", PEAK, base, folder, tmp_path / f"m{suffix}", tmp_path / "big.pth", tmp_path / "ad"], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert ran.returncode == 0, ran.stderr
     largest, whole = max(x.nbytes for x in big.values()), sum(x.nbytes for x in big.values())
@@ -238,7 +277,7 @@ def test_vocabulary_file_is_the_official_one(tmp_path):
     from rwkv7_hf.tokenization_rwkv7 import RWKV7Tokenizer
     from rwkv_peft.data.chat import rwkv as said
     folder = export_hf(RWKV(RWKVConfig(n_layer=2, n_embd=16, head_size=8, dim_ffn=16)), tmp_path / "out", **QUIET)
-    parsed = lambda path: [(int(line.split(" ", 1)[0]), eval(line.split(" ", 1)[1].rsplit(" ", 1)[0]), int(line.rsplit(" ", 1)[1])) for line in path.read_text(encoding="utf-8").splitlines()]
+    parsed = lambda path: [(int(line.split(" ", 1)[0]), ast.literal_eval(line.split(" ", 1)[1].rsplit(" ", 1)[0]), int(line.rsplit(" ", 1)[1])) for line in path.read_text(encoding="utf-8").splitlines()]
     assert parsed(folder / "rwkv_vocab_v20230424.txt") == parsed(Path(rwkv.__file__).parent / "rwkv_vocab_v20230424.txt")
     tokenizer = RWKV7Tokenizer.from_pretrained(folder)
     talk = [{"role": "system", "content": "Kurz,\n\nbitte. "}, {"role": "user", "content": "好\r\n\r\nund?"}, {"role": "assistant", "content": "A\n\nB"}, {"role": "user", "content": "C"}]
