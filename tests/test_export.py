@@ -1,6 +1,8 @@
 "Merging from file to file, and what other programs read. Each format's map is written down here once more, by hand; other packages compute what can be computed."
+import ast
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -12,15 +14,19 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from rwkv_peft import LoRA, RWKV, RWKVConfig, StateTuning, Train, attach, cli, load_adapter, save_adapter
+from rwkv_peft import LoRA, RWKV, RWKVConfig, StateTuning, Train, attach, cli, load_adapter, merge, save_adapter
 from rwkv_peft.export.formats import export, import_
 from rwkv_peft.export.later import Later, later, write_later
 from rwkv_peft.export.merge import merge_files
 from rwkv_peft.export.names import export_hf, tensors_of
-from rwkv_peft.model.checkpoint import fingerprint, load, read, save
+from rwkv_peft.model.checkpoint import blank, fingerprint, load, official, read, save
 from rwkv_peft.model.files import CheckpointError, write_tensors
 from rwkv_peft.model.quant import quantize
 from rwkv_peft.peft.adapters import AdapterError
+from rwkv_peft.peft.inits import LoftQ, MiLoRA, OLoRA, PiSSA
+from rwkv_peft.peft.lisa import LISA
+from rwkv_peft.peft.magnitude import DoRA
+from rwkv_peft.peft.shards import Bone, MiSS
 from test_names import fla as fla_names_of
 
 SIZES = {"5.2": {}, "6": {"mix_rank": 6, "decay_rank": 10}, "7": {"w_rank": 8, "a_rank": 12, "v_rank": 4, "g_rank": 20}}
@@ -135,57 +141,94 @@ def test_over_int8_the_dequantised_weight_is_taken(tmp_path, made):
 
 
 def test_a_runs_folder_says_its_quantisation(tmp_path, made):
+    "A folder from before adapters said it themselves, and the head, which integer products pack as well."
     base, folder, _ = made
     run = tmp_path / "run"
     run.mkdir()
-    (run / "config.toml").write_text('quant = "int8"\n')
     os.replace(folder, run / "adapter")
-    said = []
-    merge_files(base, run, tmp_path / "m.pth", say=said.append)
-    assert any("int8" in line for line in said)
+    about = json.loads((run / "adapter/rwkv_peft.json").read_text())
+    assert about.pop("quant") is None
+    before, heads = read(base)["head.weight"], {}
+    for words, quant, lines in (("quant = 'int8'", "", 1), ("quant = 'int8'\nint8_matmul = 'fast'", "", 1), ("quant = 'int8'\nint8_matmul = 'fast'", "int8", 1), ("quant = 'int8'", None, 0)):
+        (run / "config.toml").write_text(words)
+        (run / "adapter/rwkv_peft.json").write_text(json.dumps(about | ({} if quant == "" else {"quant": quant})))
+        said = []
+        heads[words, quant] = read(merge_files(base, run, tmp_path / "m.pth", say=said.append, force=True))["head.weight"]
+        assert sum("int8" in line for line in said) == lines
+    assert [torch.equal(x, before) for x in heads.values()] == [True, False, False, True]
+
+
+METHODS = {"lora": [LoRA(4, alpha=6)], "rslora": [LoRA(4, rslora=True, ranks={"att.key": 3})], "dora": [DoRA(4, alpha=6)], "miss": [MiSS(5)], "bone": [Bone(8)], "pissa": [PiSSA(4)], "olora": [OLoRA(4)], "milora": [MiLoRA(4)],
+           "qpissa": [PiSSA(4, rounds=2, kind="nf4")], "ln": [Train("ln")], "lora and time": [LoRA(4), Train("time")], "lisa": [LISA(1, head=True)], "state": [StateTuning()], "miss and state": [MiSS(4), StateTuning()]}
+
+
+@pytest.mark.parametrize("name, kind", [(name, kind) for name in METHODS for kind in ("none", "int8", "nf4", "nf4 double") if kind == "none" or name != "lisa"])     # LISA trains what would be packed
+def test_every_method_over_every_base(tmp_path, name, kind):
+    "The file's tensors are those of `merge` in memory and its logits the tuned model's, which over a packed base are not those of the change on the base as it was."
+    packing = {"kind": kind.split()[0], "double": "double" in kind}
+    base = write_tensors({n: x * .5 for n, x in tensors("6" if "time" in name else "7", torch.float32, dim_ffn=128).items()}, tmp_path / "base.pth")
+    model = quantize(attach(load(base, device="cpu", dtype=torch.float32), *METHODS[name], **({"targets": ["att", "ffn", "head"]} if name in ("dora", "rslora") else {})), **packing)
+    torch.manual_seed(4)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad: p.add_(torch.randn_like(p), alpha=.1)
+    folder, tokens = save_adapter(model, tmp_path / "a"), torch.randint(1, 257, (2, 9))
+    with torch.no_grad(): tuned = model(tokens)[0]
+    far = lambda x: (x - tuned).abs().max() / tuned.abs().max()
+    out = merge_files(base, folder, tmp_path / "m.pth", state=True, quant=packing if "double" in kind else None, **QUIET)
+    with torch.no_grad(): assert far(load(out, device="cpu", dtype=torch.float32)(tokens)[0]) < 1e-5
+    other = read(merge_files(base, folder, tmp_path / "n.pth", state=True, quant="none", **QUIET))
+    written, memory = read(out), official(merge(model))
+    assert set(written) == set(memory) and all((written[n] - x).abs().max() <= 1e-6 * x.abs().max() for n, x in memory.items())
+    key = "blocks.1.att.key.weight"
+    assert (packing["kind"] == "none") == ((other[key] - written[key]).abs().max() < 1e-3 * written[key].abs().max())
 
 
 PEAK = """
-import sys, threading, time, torch
+import ctypes, gc, sys, threading, time, torch
 torch.set_num_threads(1)
 from rwkv_peft.export.merge import merge_files
 anonymous = lambda: next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
-merge_files(sys.argv[1], sys.argv[2], sys.argv[3] + ".warm.pth", say=lambda text: None)
-import ctypes, gc; gc.collect(); ctypes.CDLL(None).malloc_trim(0)
-start, peak, done = anonymous(), 0, threading.Event()
-def watch():
-    global peak
-    while not done.is_set():
-        peak = max(peak, anonymous())
-        time.sleep(.001)
-thread = threading.Thread(target=watch); thread.start()
-merge_files(sys.argv[4], sys.argv[5], sys.argv[3], say=lambda text: None)
-done.set(); thread.join()
-print(peak - start)
+small, base, *adapters = sys.argv[1:]
+for adapter, out in zip(adapters[::2], adapters[1::2]):
+    merge_files(small, adapter + ".small", out + ".warm.pth", say=lambda text: None)
+    gc.collect(); ctypes.CDLL(None).malloc_trim(0)
+    start, peak, done = anonymous(), 0, threading.Event()
+    def watch():
+        global peak
+        while not done.is_set():
+            peak = max(peak, anonymous())
+            time.sleep(.001)
+    thread = threading.Thread(target=watch); thread.start()
+    merge_files(base, adapter, out, say=lambda text: None)
+    done.set(); thread.join()
+    print(peak - start)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RssAnon is Linux's")
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_memory_stays_below_three_times_the_largest_tensor(tmp_path, made, suffix):
-    "160 MB of weights, the largest tensor 33 MB; LoRA on everything, the head too."
-    base, folder, _ = made
-    big = {n: Later(tuple(x.shape), torch.bfloat16, lambda s=x.shape: torch.full(s, .01, dtype=torch.bfloat16)) for n, x in
-           RWKV(RWKVConfig(n_layer=3, n_embd=512, vocab_size=32768, dim_ffn=8192)).state_dict().items()}
-    write_later(big, tmp_path / "big.pth")
-    (tmp_path / "ad").mkdir()
-    matrices = [n for n, x in big.items() if n.endswith(("att.key.weight", "att.output.weight", "ffn.key.weight", "ffn.value.weight", "head.weight"))]
-    pairs = {}
-    for n in matrices:
-        o, i = big[n].shape
-        pairs |= {f"base_model.model.{n.removesuffix('.weight')}.lora_A.weight": torch.randn(4, i), f"base_model.model.{n.removesuffix('.weight')}.lora_B.weight": torch.randn(o, 4)}
-    save_file(pairs, tmp_path / "ad/adapter_model.safetensors")
-    (tmp_path / "ad/adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 4}))
-    ran = subprocess.run([sys.executable, "-c", PEAK, base, folder, tmp_path / f"m{suffix}", tmp_path / "big.pth", tmp_path / "ad"], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+def test_memory_stays_below_three_times_the_largest_tensor(tmp_path):
+    "125 MB of weights, the largest tensor 34 MB; an adapter on most matrices and the head, over floats and over the format whose scales take a look at the whole matrix."
+    def write(name, **sizes):
+        file = {n: Later(tuple(x.shape), torch.bfloat16, lambda s=x.shape: torch.full(s, .01, dtype=torch.bfloat16)) for n, x in blank(RWKVConfig(n_layer=3, **sizes)).state_dict().items()}
+        write_later(file, tmp_path / f"{name}.pth")
+        return {n: x.shape for n, x in file.items() if n.endswith(("att.key.weight", "att.output.weight", "ffn.key.weight", "ffn.value.weight", "head.weight"))}, [x.nbytes for x in file.values()]
+    (few, _), (matrices, sizes) = write("small", n_embd=64, vocab_size=99), write("big", n_embd=512, vocab_size=32768, dim_ffn=8192)
+    runs = (("lora", None, ".pth"), ("dora", {"kind": "nf4", "double": True, "head": True}, ".safetensors"))
+    for form, quant, _ in runs:
+        for folder, shapes in ((tmp_path / form, matrices), (tmp_path / f"{form}.small", few)):
+            parts = {"lora_A.weight": lambda o, i: (4, i), "lora_B.weight": lambda o, i: (o, 4)} | ({"lora_magnitude_vector": lambda o, i: (o,)} if form == "dora" else {})
+            folder.mkdir()
+            save_file({f"base_model.model.{n.removesuffix('weight')}{end}": torch.ones(of(*shape)) for n, shape in shapes.items() for end, of in parts.items()}, folder / "adapter_model.safetensors")
+            (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 4, "use_dora": form == "dora"}))
+            (folder / "rwkv_peft.json").write_text(json.dumps({"quant": quant}))
+    where = [tmp_path / word for form, _, suffix in runs for word in (form, f"{form}{suffix}")]
+    ran = subprocess.run([sys.executable, "-c", PEAK, tmp_path / "small.pth", tmp_path / "big.pth", *where], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert ran.returncode == 0, ran.stderr
-    largest, whole = max(x.nbytes for x in big.values()), sum(x.nbytes for x in big.values())
-    print(f"{int(ran.stdout) / 1e6:.0f} MB of anonymous memory, largest tensor {largest / 1e6:.0f} MB, file {whole / 1e6:.0f} MB")
-    assert int(ran.stdout) < 3 * largest < whole
+    for took in map(int, ran.stdout.split()):
+        print(f"{took / 1e6:.0f} MB of anonymous memory, largest tensor {max(sizes) / 1e6:.0f} MB, file {sum(sizes) / 1e6:.0f} MB")
+        assert took < 3 * max(sizes) < sum(sizes)
+    assert len(ran.stdout.split()) == 2
 
 
 def test_what_cannot_be_merged(tmp_path, made):
@@ -238,7 +281,7 @@ def test_vocabulary_file_is_the_official_one(tmp_path):
     from rwkv7_hf.tokenization_rwkv7 import RWKV7Tokenizer
     from rwkv_peft.data.chat import rwkv as said
     folder = export_hf(RWKV(RWKVConfig(n_layer=2, n_embd=16, head_size=8, dim_ffn=16)), tmp_path / "out", **QUIET)
-    parsed = lambda path: [(int(line.split(" ", 1)[0]), eval(line.split(" ", 1)[1].rsplit(" ", 1)[0]), int(line.rsplit(" ", 1)[1])) for line in path.read_text(encoding="utf-8").splitlines()]
+    parsed = lambda path: [(int(line.split(" ", 1)[0]), ast.literal_eval(line.split(" ", 1)[1].rsplit(" ", 1)[0]), int(line.rsplit(" ", 1)[1])) for line in path.read_text(encoding="utf-8").splitlines()]
     assert parsed(folder / "rwkv_vocab_v20230424.txt") == parsed(Path(rwkv.__file__).parent / "rwkv_vocab_v20230424.txt")
     tokenizer = RWKV7Tokenizer.from_pretrained(folder)
     talk = [{"role": "system", "content": "Kurz,\n\nbitte. "}, {"role": "user", "content": "好\r\n\r\nund?"}, {"role": "assistant", "content": "A\n\nB"}, {"role": "user", "content": "C"}]
@@ -266,6 +309,28 @@ def test_st_is_what_ai00s_script_makes(tmp_path, version):
     assert set(ours) == set(theirs) and all(ours[n].dtype == torch.float16 and torch.equal(ours[n], x) for n, x in theirs.items())
     back = read(import_(out, tmp_path / "b.pth", **QUIET))
     assert set(back) == set(file) and all(torch.equal(back[n], x.half()) for n, x in file.items())
+
+
+@pytest.mark.parametrize("suffix", [".st", ".safetensors"])
+@pytest.mark.parametrize("version", ["5.2", "6", "7"])
+def test_loading_a_st_names_the_import(tmp_path, version, suffix):
+    "Whatever the file is called; and an official file that is called .st is still read as one."
+    file = {n: x.half() for n, x in tensors(version).items()}
+    theirs = write_tensors(dict(scripted(*entry) for entry in file.items()), tmp_path / f"theirs{suffix}")
+    for open_it in (read, lambda path: load(path, device="cpu", dtype=torch.float32), lambda path: export(path, tmp_path / "x.gguf")):
+        with pytest.raises(CheckpointError, match="rwkv-peft import .*theirs") as e: open_it(theirs)
+        assert "\n" not in str(e.value)
+    assert same(read(import_(theirs, tmp_path / "back.pth", **QUIET)), file)
+    ours = write_tensors(file, tmp_path / f"ours{suffix}")
+    for back in (read(ours), read(import_(ours, tmp_path / "ours.pth", **QUIET))): assert set(back) == set(file) and all(torch.equal(back[n], x) for n, x in file.items())
+    with pytest.raises(CheckpointError, match="export.export"): save(load(ours, device="cpu", dtype=torch.float32), tmp_path / "new.st")
+
+
+def test_square_thin_matrices_are_told_by_the_ending(tmp_path):
+    file = {n: x.half() for n, x in tensors(w_rank=64, a_rank=64, g_rank=64, v_rank=64).items()}
+    theirs = export(write_tensors(file, tmp_path / "a.pth"), tmp_path / "a.st", **QUIET)
+    with pytest.raises(CheckpointError, match="rwkv-peft import"): read(theirs)
+    assert same(read(import_(theirs, tmp_path / "b.pth", **QUIET)), file)
 
 
 def test_a_state_file_as_st_and_what_half_cannot_hold(tmp_path):
@@ -368,6 +433,42 @@ def test_verbs(tmp_path, capsys, made):
     a, b = read(tmp_path / "again.safetensors"), read(tmp_path / "m.pth")
     assert set(a) == set(b) and all(torch.equal(a[n], x) for n, x in b.items())
     assert shell(capsys, "export", tmp_path / "m.pth", tmp_path / "m.gguf")[0] == 0
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    "A folder of things that can't be used."
+    folder = tmp_path_factory.mktemp("place")
+    base = write_tensors(tensors(), folder / "base.safetensors")
+    write_tensors({n: x + 1 for n, x in tensors().items()}, folder / "near.pth")
+    write_tensors(tensors("5.2"), folder / "five.pth")
+    for cut, whole in (("cut.safetensors", base), ("cut.st", base), ("cut.pth", folder / "near.pth")): (folder / cut).write_bytes(whole.read_bytes()[:-999])
+    save_adapter(attach(load(base, device="cpu", dtype=torch.float32), LoRA(r=2)), folder / "ad")
+    shutil.copytree(folder / "ad", folder / "cut_ad")
+    (folder / "cut_ad/adapter_model.safetensors").write_bytes((folder / "ad/adapter_model.safetensors").read_bytes()[:-9])
+    shutil.copytree(folder / "ad", folder / "foreign")
+    (folder / "foreign/adapter_config.json").write_text(json.dumps({"peft_type": "LOHA", "r": 2}))
+    os.makedirs(folder / "empty")
+    (folder / "here.pth").write_bytes(b"older")
+    (folder / "here").mkdir()
+    return folder
+
+
+@pytest.mark.parametrize("words, said", [
+    ("merge nowhere.pth ad m.pth", "nowhere.pth doesn't exist"), ("merge base.safetensors empty m.pth", "holds no adapter"), ("merge base.safetensors five.pth m.pth", "is no folder"), ("merge near.pth ad m.pth", "--any-base"),
+    ("merge cut.safetensors ad m.pth", "cut short"), ("merge cut.pth ad m.pth", "cut short"), ("merge base.safetensors cut_ad m.pth", "cut short"), ("merge base.safetensors ad here.pth", "--force"), ("merge five.pth ad m.pth", "trained on an RWKV-7"),
+    ("merge base.safetensors foreign m.pth", "LOHA, which only Hugging Face's peft can compute"), ("merge base.safetensors ad m.pth --quant nf5", "did you mean 'nf4'?"), ("merge base.safetensors ad m.gguf", "end the name"), ("merge ad ad m.pth", "ad is a folder"),
+    ("export nowhere.pth m.gguf", "nowhere.pth doesn't exist"), ("export empty m.gguf", "is a folder"), ("export ad m.gguf", "is a folder"), ("export ad/adapter_model.safetensors m.gguf", "an adapter, not a model"), ("export cut.safetensors m.gguf", "cut short"), ("export base.safetensors here.pth", "--force"),
+    ("export base.safetensors here --format fla", "--force"), ("export base.safetensors m.ggfu", "did you mean 'gguf'?"), ("export base.safetensors m --format safetensor", "did you mean 'safetensors'?"), ("export five.pth m.gguf", "no RWKV-5.2"), ("export five.pth m --format hf", "use a .pth"),
+    ("import nowhere.st m.pth", "nowhere.st doesn't exist"), ("import empty m.pth", "is a folder"), ("import cut.st m.pth", "cut short"), ("import cut.safetensors m.pth", "cut short"), ("import base.safetensors here.pth", "--force"), ("import base.safetensors m.ggfu", "end the name"), ("import ad m.pth", "is a folder"),
+])
+def test_what_cannot_be_used_is_one_sentence(capsys, place, monkeypatch, words, said):
+    monkeypatch.chdir(place)
+    before = sorted(place.iterdir())
+    code, out, err = shell(capsys, *words.split())
+    assert code == 2 and out == "" and err.count("\n") == 1 and err.startswith("rwkv-peft: ") and said in err and len(err) < 350, err
+    assert sorted(place.iterdir()) == before and (place / "here.pth").read_bytes() == b"older"
+    assert ("--any-base" not in said) or shell(capsys, *words.split(), "--any-base")[0] == 0 and os.remove("m.pth") is None
 
 
 @pytest.mark.parametrize("words, said", [

@@ -8,6 +8,7 @@ __all__ = ['FORMATS', 'format_of', 'export', 'import_']
 # %% ../../nbs/export/50_formats.ipynb #ed85e123
 import os
 from collections.abc import Callable
+from difflib import get_close_matches
 from pathlib import Path
 import torch
 from torch import nn
@@ -15,17 +16,19 @@ from .gguf import export_gguf
 from .later import later, refuse_existing, write_later
 from .names import export_hf, tensors_of
 from .st import export_st, read_st
-from ..model.files import CheckpointError
-from ..model.checkpoint import read
+from ..model.files import CheckpointError, read_tensors
+from ..model.checkpoint import by_web_rwkv, read
 
 # %% ../../nbs/export/50_formats.ipynb #32da1317
 FORMATS = ("pth", "safetensors", "hf", "fla", "st", "gguf")
 
 def format_of(out: str | os.PathLike, format: str | None = None) -> str:
-    "The format that `format` or the end of `out` names. A CheckpointError lists the formats."
+    "The format that `format` or the end of `out` names. A CheckpointError lists the formats and names the nearest."
     end = Path(out).suffix.removeprefix(".")
     chosen = format or (end if end in FORMATS else "fla" if not end else None)
-    if chosen not in FORMATS: raise CheckpointError(f"{f'format={format!r} is not known' if format else f'{out} names no format'}: choose one of {', '.join(FORMATS)}")
+    if chosen not in FORMATS:
+        near = get_close_matches((format or end).lower(), FORMATS, 1, .4)
+        raise CheckpointError(f"{f'format={format!r} is not known' if format else f'{out} names no format'}: {f'did you mean {near[0]!r}? Else ' if near else ''}choose one of {', '.join(FORMATS)}")
     return chosen
 
 # %% ../../nbs/export/50_formats.ipynb #c114aca9
@@ -45,13 +48,14 @@ def export(model_or_file: nn.Module | str | os.PathLike, out: str | os.PathLike,
 
 # %% ../../nbs/export/50_formats.ipynb #cc2f71f3
 def import_(file: str | os.PathLike, out: str | os.PathLike, *, dtype: torch.dtype | None = None, force: bool = False, say: Callable[[str], None] = print) -> Path:
-    """Writes a Hugging Face folder or file (canonical or fla names), an Ai00 .st or an official file as an official .pth or .safetensors. Returns the path.
+    """Writes a Hugging Face folder or file (canonical or fla names), a model of web-rwkv or Ai00 (.st) or an official file as an official .pth or .safetensors. Returns the path.
 
     dtype None keeps the file's types. A CheckpointError says in one sentence why not; GGUF can't be read."""
     file, out = Path(file), refuse_existing(out, force)
     if file.suffix == ".gguf": raise CheckpointError(f"{file} is GGUF, which can be written but not read here: take the model's .pth or safetensors")
     if out.suffix not in (".pth", ".safetensors"): raise CheckpointError(f"{out} can't be written: end the name in .pth or .safetensors")
-    tensors = read_st(file) if file.suffix == ".st" else read(file)
+    theirs = file.suffix in (".st", ".safetensors") and file.is_file() and by_web_rwkv(read_tensors(file), file.suffix)
+    tensors = read_st(file) if theirs else read(file)
     parts = {name: later(x, dtype) for name, x in tensors.items()}
     say(f"{out.name}: {len(parts)} tensors with official names, {sum(x.nbytes for x in parts.values()) / 1e6:,.0f} MB to write")
     return write_later(parts, out)
