@@ -17,6 +17,6 @@ def saved_bytes(forward: Callable[[], object], parameters: Iterable[Tensor] = ()
     known, kept = {address(p) for p in parameters}, {}
     def pack(t):
         if address(t) not in known: kept[address(t)] = t.untyped_storage().nbytes()
-        return t
+        return t.detach()      # t itself, when it is an output, would keep its own graph alive
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): result = forward()      # held, so that no address is used twice
     return sum(kept.values())
