@@ -3,10 +3,12 @@ import pytest
 import torch
 from rwkv_peft.kernels.few_rows import few_rows, few_rows_int8, few_rows_int8_op, few_rows_op
 from rwkv_peft.kernels.native import at_once
+from rwkv_peft.model.quant import Int8
 from rwkv_peft.model.rwkv import RWKV, RWKVConfig
 from rwkv_peft.model.sample import Prefixes, SampleError, Sampler, generate, generate_batch
 from rwkv_peft.model.step import step
 from rwkv_peft.model.tokenizer import Bytes
+from rwkv_peft.peft.lora import LoRA
 
 greedy = Sampler(temperature=0, presence=0, frequency=0)
 
@@ -121,7 +123,6 @@ def test_one_call_a_layer_equals_sequence_mode(B, sizes):
 
 def test_one_call_a_layer_stands_aside_for_everything_else():
     from rwkv_peft.peft.adapters import attach
-    from rwkv_peft.peft.lora import LoRA
     model, one = tiny(), torch.tensor([[5]])
     _, state = model(one)
     state = state.detach()
@@ -146,6 +147,34 @@ def test_one_call_a_layer_stands_aside_for_everything_else():
 
 
 PROMPTS = ["Once upon a time", "Once", "Once upon", "O", "Twice and more often than that, " * 3]
+
+
+def exchange(model):
+    "What can happen to a layer's tensors between two tokens, one after the other."
+    att, ffn = model.blocks[1].att, model.blocks[0].ffn
+    yield "written in place", lambda: att.key.weight.data.mul_(1.1)
+    yield "another parameter", lambda: setattr(att.value, "weight", torch.nn.Parameter(att.value.weight.detach() * .9))
+    yield "other memory behind the same parameter", lambda: setattr(att.w1, "data", att.w1.data * 1.2)
+    yield "another module", lambda: setattr(model.blocks[0], "ln2", torch.nn.LayerNorm(ffn.key.in_features).requires_grad_(False))
+    yield "packed", lambda: ffn.key.pack(Int8(ffn.key.weight))
+    yield "an adapter", lambda: LoRA(r=2).attach(model, "blocks.1.ffn.value")
+    yield "taken off again", lambda: setattr(model.blocks[1].ffn.value, "adapter", None)
+
+
+@torch.no_grad()
+def test_what_is_exchanged_between_two_tokens_is_seen():
+    torch.manual_seed(0)
+    model = RWKV(RWKVConfig(n_layer=2, n_embd=64, head_size=32, vocab_size=50)).eval()
+    for p in model.parameters(): p += .1 * torch.randn_like(p)
+    _, state = model(torch.randint(50, (2, 5)))
+    token = torch.randint(50, (2, 1))
+    assert step(model, token, state) is not None
+    for what, change in exchange(model):
+        change()
+        if what == "an adapter": torch.nn.init.normal_(model.blocks[1].ffn.value.adapter.B, std=.1)
+        got, (want, wanted) = step(model, token, state), model.hidden(token, state)
+        assert (got is None) == (what == "an adapter"), what
+        if got: assert off(got[0], want.double()) < 1e-5 and off(got[1].wkv, wanted.wkv.double()) < 1e-5, what
 
 
 @pytest.mark.parametrize("sampler", [greedy, Sampler(seed=11), Sampler(seed=2 ** 32 - 2, top_p=.5)])
