@@ -159,7 +159,7 @@ def test_a_runs_folder_says_its_quantisation(tmp_path, made):
 
 
 METHODS = {"lora": [LoRA(4, alpha=6)], "rslora": [LoRA(4, rslora=True, ranks={"att.key": 3})], "dora": [DoRA(4, alpha=6)], "miss": [MiSS(5)], "bone": [Bone(8)], "pissa": [PiSSA(4)], "olora": [OLoRA(4)], "milora": [MiLoRA(4)],
-           "qpissa": [PiSSA(4, rounds=2, kind="nf4")], "ln": [Train("ln")], "lora and time": [LoRA(4), Train("time")], "lisa": [LISA(1, head=True)], "state": [StateTuning()], "miss and state": [MiSS(4), StateTuning()]}
+           "qpissa": [PiSSA(4, rounds=2, kind="nf4")], "loftq": [LoftQ(4)], "ln": [Train("ln")], "lora and time": [LoRA(4), Train("time")], "lisa": [LISA(1, head=True)], "state": [StateTuning()], "miss and state": [MiSS(4), StateTuning()]}
 
 
 @pytest.mark.parametrize("name, kind", [(name, kind) for name in METHODS for kind in ("none", "int8", "nf4", "nf4 double") if kind == "none" or name != "lisa"])     # LISA trains what would be packed
