@@ -133,13 +133,13 @@ def four_bit_status(device: str = "cpu") -> tuple[bool, str]:
 _NATIVE = (torch.float32, torch.bfloat16, torch.float16)
 
 def _unpack_fast(packed: Tensor, absmax: Tensor, kind: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    "`unpack4` by bitsandbytes, straight into `dtype`."
+    "`unpack4` by bitsandbytes, straight into `dtype`. As rows of one block, since its CPU code errs where a row is no multiple of a block."
     from bitsandbytes.functional import QuantState, dequantize_4bit
-    return dequantize_4bit(packed, QuantState(absmax, shape=shape, dtype=dtype, blocksize=BLOCK, quant_type=kind))
+    return dequantize_4bit(packed, QuantState(absmax, shape=(len(absmax), BLOCK), dtype=dtype, blocksize=BLOCK, quant_type=kind)).view(shape)
 
 def _unpack(packed: Tensor, absmax: Tensor, kind: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     "`unpack4` by whichever can."
-    fast = shape[1] % 2 == 0 and len(packed) > 1 and dtype in _NATIVE and four_bit_status(packed.device.type)[0]
+    fast = shape[0] * shape[1] % BLOCK == 0 and dtype in _NATIVE and four_bit_status(packed.device.type)[0]
     return _unpack_fast(packed, absmax, kind, shape, dtype) if fast else unpack4(packed, absmax, kind, shape).to(dtype)
 
 # %% ../../nbs/model/15_quant.ipynb #7ec33db5

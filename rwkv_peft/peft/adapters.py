@@ -46,7 +46,7 @@ class Attached:
     trainable: set[str] = field(default_factory=set)           # names of the parameters that could train before
     states: dict[str, nn.Parameter] = field(default_factory=dict)   # the time_states that were there before
     weights: list[str] = field(default_factory=list)           # base tensors that train, or have trained
-    quant: str | None = None                                   # what the base was packed in while a loaded adapter was trained
+    quant: str | dict | None = None                            # what the base was packed in while a loaded adapter was trained (see `packed_as`)
     foreign: nn.Module | None = None                           # Hugging Face's model, when a method of theirs is attached
 
 # %% ../../nbs/peft/80_adapters.ipynb #d82ffc14
@@ -146,9 +146,11 @@ def unpack(model: nn.Module) -> nn.Module:
     return model
 
 # %% ../../nbs/peft/80_adapters.ipynb #3831b9d7
-def packed_as(model: nn.Module) -> str | None:
-    "The word that `quantize` was last called with (int8, nf4, fp4), None for a model of floats."
-    return None if getattr(model, "quant", None) in (None, "none") else model.quant
+def packed_as(model: nn.Module) -> str | dict | None:
+    "What `quantize` was last called with: its kind (int8, nf4, fp4), with double scales or a packed head a dictionary of its settings; None for a model of floats."
+    if getattr(model, "quant", None) in (None, "none"): return None
+    said = {"kind": model.quant, "double": any(getattr(m.storage, "double", None) is True for m in linears(model).values()), "head": model.head.storage is not None}
+    return said if said["double"] or said["head"] else model.quant
 
 # %% ../../nbs/peft/80_adapters.ipynb #06447151
 @torch.no_grad()
@@ -157,7 +159,9 @@ def merge(model: nn.Module) -> nn.Module:
 
     A packed base becomes dense: each matrix is the dequantised one that training saw. AdapterError for a method that can't be merged."""
     record, everything = _attached(model, "merge"), linears(model)
-    if record.quant and not packed_as(model): warnings.warn(f"merge: this adapter was trained over a base packed as {record.quant}, and this one isn't packed: quantize(model, {record.quant!r}) before merging gives what training saw")
+    if record.quant and not packed_as(model):
+        said = record.quant if isinstance(record.quant, dict) else {"kind": record.quant}
+        warnings.warn(f"merge: this adapter was trained over a base packed as {said.get('kind')}, and this one isn't packed: quantize(model, {', '.join(f'{k}={v!r}' for k, v in said.items())}) before merging gives what training saw")
     for linear in everything.values():
         if linear.adapter is None: continue
         adapter = linear.adapter if linear.device.type == "cpu" else copy.deepcopy(linear.adapter, {id(linear): linear}).cpu()
@@ -354,7 +358,7 @@ class Contents:
         if self.foreign: raise AdapterError("this adapter is run by Hugging Face's peft: load_adapter, then merge")
         W, t = W.to(torch.promote_types(W.dtype, torch.float32)), self.adapters.get(name, {})
         own, side = self.exact.get(name), t["bone"].shape[-1] if "bone" in t else 1
-        if own: W = W - self.about["scales"][name] * own["B0"][rows].to(W) @ own["A0"].to(W)
+        if own and f"{name}.weight" not in self.weights: W = W - self.about["scales"][name] * own["B0"][rows].to(W) @ own["A0"].to(W)      # a trained W was kept as it is without the start
         W = W if seen is None else seen(W)
         if not t: return W
         if own: return W + self.about["scales"][name] * own["B"][rows].to(W) @ own["A"].to(W)
@@ -530,7 +534,8 @@ def put_on(model: nn.Module, found: Contents, folder: str | os.PathLike, check_b
         for name, x in found.weights.items(): model.get_parameter(name).copy_(x)
         for name, state in found.exact.items():
             adapter = StartedAdapter(matrices[name], state["A0"], state["B0"], found.about["scales"][name], dropout)
-            adapter.place(matrices[name])
+            if f"{name}.weight" in found.weights: matrices[name].adapter = adapter      # W is there as it was without the start
+            else: adapter.place(matrices[name])
             adapter.A.copy_(state["A"]), adapter.B.copy_(state["B"])
         model.attached.weights, model.attached.quant = list(found.weights), found.about.get("quant")
     return _start(model, tuple(methods), place)
