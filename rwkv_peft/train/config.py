@@ -183,6 +183,7 @@ def is_foreign(value) -> bool:
     "Is it a `PeftConfig` of Hugging Face's peft? Asked by what it has; nothing is imported."
     return hasattr(value, "peft_type") and callable(getattr(value, "to_dict", None)) and not isinstance(value, type)
 
+# %% ../../nbs/train/10_config.ipynb #117e1f0d
 def foreign_table(value) -> dict:
     "A `PeftConfig` as a table: `library` and `peft_type`, and what differs from a new one of its class."
     def flat(x):
@@ -207,6 +208,7 @@ def recorded(value):
     size = f" of {len(value)} rows" if hasattr(value, "__len__") else ""
     return f"<{getattr(value, '__name__', type(value).__name__)}{size}>"
 
+# %% ../../nbs/train/10_config.ipynb #765fe837
 def is_text_or_method(value) -> bool:
     "May it stand in a list that is written down whole?"
     if isinstance(value, dict): return value.get("method") in METHODS or value.get("library") == "peft"
@@ -338,7 +340,7 @@ def check_storage(config: Config):
         if kind != "none" and word == "lisa": raise ValueError("quant: packed matrices can't train, and LISA trains them in turns; leave quant out, or choose an adapter")
         if kind != "none" and word == "peft": raise ValueError(f"quant: Hugging Face's layers read the base as floats, and {kind} packs it; leave quant out, or use a method such as 'lora'")
         made_for = "nf4" if told.get("kind") == "4bit" else told.get("kind")
-        if word == "loftq" and kind == "none": raise ValueError(f"quant: LoftQ starts from what packing loses; say in which format the base is packed, as in quant = {made_for or 'nf4'!r}")
+        if word == "loftq" and kind == "none": raise ValueError(f"peft: LoftQ starts from what packing loses; say in which format the base is packed, as in quant = {made_for or 'nf4'!r}")
         if made_for and made_for != kind: raise ValueError(f"quant: {METHODS[word]} is made for a base packed as {made_for}, and quant = {config.quant!r}; say the same in both")
 
 # %% ../../nbs/train/10_config.ipynb #e1849afb

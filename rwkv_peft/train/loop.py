@@ -29,7 +29,8 @@ from ..model.state import save_state
 from ..model.tokenizer import tokenizer_for
 from ..model.files import read_tensors, write_tensors
 from ..kernels.heap import keep_heap
-from ..peft.adapters import attach, detach, load_adapter, save_adapter, trained_parameters
+from ..peft.adapters import attach, detach, load_adapter, packed_as, save_adapter, trained_parameters, unpack
+from ..peft.lora import linears
 from ..peft.inits import EVA, StartedAdapter
 from ..peft.lisa import refit, refuse_with_zero
 from .config import Config, ConfigError, recorded
@@ -42,9 +43,9 @@ from .optim import default_lr, lorafa_groups, lr_at, make_optimizer, methods_of,
 # %% auto #0
 __all__ = ['TrainingError', 'Feed', 'patient', 'accelerator_on', 'read_rows_of', 'load_base', 'settle', 'plain_words',
            'take_step', 'turn', 'peak_memory', 'not_finite', 'examine', 'speak', 'keep', 'put_back', 'starts_of',
-           'go_on', 'finish', 'save_results', 'train', 'halt', 'prepare', 'left_by', 'check_same', 'make_trainable',
-           'look_at_rows', 'save_looked_at', 'begin', 'find_rate', 'plan_of', 'report_of', 'Run', 'events_of',
-           'last_words', 'finetune']
+           'go_on', 'finish', 'save_results', 'train', 'halt', 'prepare', 'left_by', 'take_off', 'check_same',
+           'make_trainable', 'look_at_rows', 'save_looked_at', 'begin', 'find_rate', 'plan_of', 'report_of', 'Run',
+           'events_of', 'last_words', 'finetune']
 
 # %% ../../nbs/train/70_loop.ipynb #d54764fe
 class TrainingError(RuntimeError):
@@ -341,7 +342,7 @@ def prepare(run: Run):
     left = resuming and left_by(model, run.folder)
     run.base = model.attached.base if left else fingerprint(model)
     if resuming: check_same(run, prints, tokenizer)
-    if left: detach(model)
+    if left: take_off(model, run.methods)
     run.tokenizer, run.lengths = tokenizer, [len(e.tokens) - 1 for e in run.data]
     run.device = next(model.parameters()).device
     run.random = OwnRandomness(config.seed, str(run.device))
@@ -365,6 +366,16 @@ def left_by(model: nn.Module, folder: Path) -> bool:
 def _mark(run: Run, going: bool):
     record = getattr(run.model, "attached", None)
     if record: run.model.trained_in = None if going else (run.folder.resolve(), record)
+
+# %% ../../nbs/train/70_loop.ipynb #9b8c66c3
+@torch.no_grad()
+def take_off(model: nn.Module, methods: list):
+    "Detaches. If one of `methods` is to change W and the run has packed it, W is read again from the model's file, as it was before."
+    detach(model)
+    if not packed_as(model) or not any(getattr(m, "rewrites", False) for m in methods): return
+    unpack(model)
+    tensors = read(model.source)
+    for name, linear in linears(model).items(): linear.weight.copy_(tensors[f"{name}.weight"])
 
 # %% ../../nbs/train/70_loop.ipynb #6ca5e30b
 def check_same(run: Run, prints: dict, tokenizer):

@@ -40,7 +40,7 @@ def method_of(value, config: Config):
     if isinstance(value, str): told = {n: v for n, v in told.items() if n in TAKES.get(value, SHORTHAND)}      # `Config` has refused others, unless they stand at their defaults
     if word == "rslora": told["rslora"] = True
     if word == "loftq" and "kind" not in told:
-        if config.quant == "none": raise ConfigError("quant: peft = 'loftq' starts from what packing loses; say in which format the base is packed, as in quant = 'nf4'")
+        if config.quant == "none": raise ConfigError("peft: 'loftq' starts from what packing loses; say in which format the base is packed, as in quant = 'nf4'")
         told["kind"] = config.quant
     try: return kind(**told)
     except TypeError as error: raise ConfigError(f"peft: {kind.__name__} {str(error).split('() ')[-1]}; correct the table") from None
