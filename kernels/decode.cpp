@@ -6,7 +6,7 @@
 
 constexpr int TOGETHER = W == 16 ? 8 : 4;      // rows of x that share one reading of W: with two sums each, they fit the registers
 constexpr size_t WORTH = 1 << 16;              // numbers in W from which a second thread pays
-constexpr int AHEAD = 2048;                    // bytes between what is read and what is asked for
+constexpr int AHEAD = 2048, FAR = 12288;        // bytes between what is read and what is asked for; with several rows of x the processor itself looks less far
 
 static inline vec take(const float* p) { return load(p); }
 static inline vec take(const int8_t* p) {
@@ -27,7 +27,7 @@ static void along(int K, int N, const float* x, const float* rest, const Weight*
     UNROLL for (int m = 0; m < M; m++) UNROLL for (int i = 0; i < 2; i++) sums[m][i] = vec{};
     int k = 0;
     for (; k + 2 * W <= K; k += 2 * W, x += 2 * M * W) {
-        for (int i = 0; i < 2 * W * (int)sizeof(Weight); i += 64) __builtin_prefetch((const char*)(row + k) + AHEAD + i);
+        for (int i = 0; i < 2 * W * (int)sizeof(Weight); i += 64) __builtin_prefetch((const char*)(row + k) + (M > 2 ? FAR : AHEAD) + i);
         UNROLL for (int i = 0; i < 2; i++) {
             const vec w = take(row + k + i * W);
             UNROLL for (int m = 0; m < M; m++) sums[m][i] += load(x + (i * M + m) * W) * w;

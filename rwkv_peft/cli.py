@@ -195,9 +195,10 @@ def wkv(tokens: Annotated[int, typer.Option(min=1)] = 512, heads: Annotated[int,
     print(wkv_table(results["wkv"]))
     if version == "7" and (json or figure or check): figures |= {"wkv7_over_projections": r["over_projections"] for r in results["wkv"]["rows"] if r["backend"] == "cpu"}
     if growth:
-        from rwkv_peft.bench.wkv import bench_growth, growth_table
+        from rwkv_peft.bench.wkv import bench_growth, growth_figure, growth_table
         results["growth"] = bench_growth(version=version, repeats=repeats)
         print(growth_table(results["growth"]))
+        if figure: growth_figure(results["growth"]).savefig(figure.with_stem(figure.stem + "-growth"))
         if version == "7" and "cpu" in results["growth"]["per_token"]: figures["wkv7_linear"] = results["growth"]["per_token"]["cpu"]
     if peers:
         from rwkv_peft.bench.peers import bench_peer_operators, peers_table

@@ -392,7 +392,7 @@ def test_loftq_equals_the_papers_loop(packs, rounds):
             U, S, V = torch.linalg.svd(W - Q, full_matrices=False)
             move = U[:, :4] * S[:4] @ V[:4]
             rest = W - move
-        assert rel(m.adapter.delta(), move) < 1e-4 and rel(m.weight, Q) < 1e-6 and rel(rounded(m.weight.data, "nf4"), Q) < 1e-6      # on the levels already
+        assert rel(m.adapter.delta(), move) < 1e-4 and rel(rounded(m.weight.data, "nf4"), Q) < 1e-6
         assert nuclear(W - rounded(m.weight.data, "nf4") - m.adapter.delta()) < 0.95 * nuclear(W - rounded(W, "nf4"))
 
 

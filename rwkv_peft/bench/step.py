@@ -13,11 +13,13 @@ import subprocess
 import sys
 import gc
 import json
+import re
 import ctypes
 import torch
 from torch import Tensor
 from ..model.rwkv import RWKV, RWKVConfig
 from ..kernels.heap import keep_heap
+from ..kernels.product import times, times_back
 from ..kernels.wkv import backends
 from ..peft.adapters import attach
 from ..peft.lora import LoRA
@@ -56,6 +58,14 @@ def roofline(model: RWKV, T: int) -> Callable[[], None]:
     weights = [linear.weight.detach() for b in model.blocks for linear in (b.att.receptance, b.att.key, b.att.value, b.att.output, b.ffn.key, b.ffn.value)]
     return products([*weights, model.head.weight.detach()], T)
 
+def _as_made(model, T):
+    "The same products as the model itself makes them (`kernels.product`): what its step could come down to."
+    weights = [p.detach() for name, p in model.named_parameters() if re.search(r"(receptance|key|value|output|head)\.weight$", name) and "adapter" not in name]
+    x, wide = torch.randn(T, max(max(w.shape) for w in weights)), lambda n: x.view(-1)[:T * n].view(T, n)
+    def run():
+        for w in weights: times(wide(w.shape[1]), w), times_back(wide(w.shape[0]), w)
+    return run
+
 # %% ../../nbs/bench/30_step.ipynb #02d5babc
 def peak_memory(backend: str, T: int, small: bool = False, grad_cp: bool = False) -> dict:
     "Bytes that a step, checkpointed or not, needs above a loaded and once-run model, and that model's own; measured in a fresh process (Linux)."
@@ -83,11 +93,11 @@ def bench_step(T: int = 512, repeats: int = 5, loop_repeats: int = 1, small: boo
     usable = [n for n in ("cpu", "chunk", "loop") if backends()[n][0]]
     floor = roofline(work.model, T)
     with Load() as load:
-        taken = interleaved({"roofline": floor, **{n: (lambda n=n: work.step(n)) for n in usable if n != "loop"}}, repeats)
+        taken = interleaved({"roofline": floor, "as made": _as_made(work.model, T), **{n: (lambda n=n: work.step(n)) for n in usable if n != "loop"}}, repeats)
         taken["loop"] = interleaved({"loop": lambda: work.step("loop")}, loop_repeats)["loop"]
     lowest = median(taken["roofline"])
     rows = [{"backend": n, "seconds": median(taken[n]), "over_roofline": median(taken[n]) / lowest, **(peak_memory(n, T, small) if memory else {})} for n in usable]
-    return {"T": T, "threads": torch.get_num_threads(), "others_busy": load.others, "roofline": lowest, "rows": rows}
+    return {"T": T, "threads": torch.get_num_threads(), "others_busy": load.others, "roofline": lowest, "products": median(taken["as made"]), "rows": rows}
 
 # %% ../../nbs/bench/30_step.ipynb #687f4442
 def lora_gradient(work: LoRAStep, backend: str = "auto") -> Tensor:
@@ -128,7 +138,7 @@ def variants_table(result: dict) -> str:
 # %% ../../nbs/bench/30_step.ipynb #969476f9
 def step_table(result: dict) -> str:
     "The result of `bench_step` as lines of text."
-    lines = ["LoRA step, T={T}, fp32, {threads} threads, roofline {roofline:.3f} s, other processes kept {others_busy} processors busy".format(**result)]
+    lines = ["LoRA step, T={T}, fp32, {threads} threads, roofline {roofline:.3f} s (the same products as the model makes them {products:.3f} s), other processes kept {others_busy} processors busy".format(**result)]
     lines.append(f"{'backend':8} {'seconds':>8} {'x roofline':>11} {'tokens/s':>9} {'peak MiB':>9} {'model MiB':>10}")
     for r in result["rows"]:
         sizes = f"{r['peak'] / 2**20:9.0f} {r['base'] / 2**20:10.0f}" if "peak" in r else ""

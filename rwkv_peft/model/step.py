@@ -46,7 +46,7 @@ class Layers:
         modules = [m for block in model.blocks for m in block.modules()]
         self.dicts = [(d, dict(d)) for m in modules for d in (m._parameters, m._modules, m._buffers)]
         self.hooks, self.own = [h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks)], [m.__dict__ for m in modules]
-        self.tensors, self.plain = [], all(map(plain, model.blocks))
+        self.tensors, self.addresses, self.plain = [], [], all(map(plain, model.blocks))
         if self.plain: self.read(model.blocks)
 
     def read(self, blocks) -> None:

@@ -378,6 +378,7 @@ def check_config(config: dict, folder: Path) -> str:
         if config.get("init_weights") == "bat": raise AdapterError(f"{folder} holds 'bat', Bone by columns, which Hugging Face's peft dropped as BONE in 0.19 and which isn't our Bone (by rows): write peft_type MISS into its configuration and call the tensors miss_block, and that library runs it")
         return "MISS"
     if kind == "MISS": return "foreign" if config.get("init_weights") in ("bat", "mini") or config.get("miss_dropout") else "MISS"
+    if not isinstance(kind, str): raise AdapterError(f"{folder} has peft_type={kind!r}, which names no method: write the adapter again")
     if kind != "LORA": return "foreign"
     if init.startswith(_MOVING): raise AdapterError(f"{folder} was made with init_lora_weights={init!r}, which changes the base as well: save it again converted to plain LoRA")
     unknown = [key for key in _MORE if config.get(key)]

@@ -43,21 +43,20 @@ def balanced(U: Tensor, S: Tensor, V: Tensor, s: float) -> tuple[Tensor, Tensor]
 
 # %% ../../nbs/peft/20_inits.ipynb #3165ce4b
 class StartedAdapter(LoRAAdapter):
-    "A LoRA pair that starts from A (r, in) and B (out, r), rounded to the type of the base. When it takes its place W becomes `rest` (None: W - s B A). `A0` and `B0` keep the start."
+    "A LoRA pair that starts from A (r, in) and B (out, r), rounded to the type of the base. `A0` and `B0` keep the pair that leaves W when it takes its place: `left`, or the start itself."
     rewrites = True
 
-    def __init__(self, base: Linear, A: Tensor, B: Tensor, s: float, dropout: float = 0.0, rest: Tensor | None = None):
+    def __init__(self, base: Linear, A: Tensor, B: Tensor, s: float, dropout: float = 0.0, left: tuple[Tensor, Tensor] | None = None):
         super().__init__(base, len(A), s, dropout)
-        self._rest = rest
-        for name, x in (("A", A), ("B", B)):
+        for name, x, away in zip("AB", (A, B), left or (A, B)):
             if not x.is_meta: getattr(self, name).data.copy_(x.to(base.dtype))
-            self.register_buffer(f"{name}0", getattr(self, name).detach().clone())
+            self.register_buffer(f"{name}0", torch.empty_like(getattr(self, name).data) if away.is_meta else away.to(base.weight).to(getattr(self, name)))
 
     @torch.no_grad()
     def place(self, base: Linear) -> None:
-        "W becomes what the pair leaves of it, and the adapter takes the slot of `base`."
-        base.weight.copy_(base.weight.to(self.A.dtype) - self.delta() if self._rest is None else self._rest)
-        base.adapter, self._rest = self, None
+        "W becomes W - s B0 A0, and the adapter takes the slot of `base`."
+        base.weight.copy_(base.weight.to(self.A.dtype) - self.s * self.B0 @ self.A0)
+        base.adapter = self
 
     def plain(self) -> tuple[Tensor, Tensor]:
         "A (2r, in), B (out, 2r) of a plain LoRA on the untouched base: s B A is all that has changed since `attach`."
@@ -66,7 +65,7 @@ class StartedAdapter(LoRAAdapter):
 # %% ../../nbs/peft/20_inits.ipynb #66ac263b
 @torch.no_grad()
 def started(method: LoRA, chosen: dict[str, Linear], ranks: dict[str, int], start: Callable[[Tensor, int, float], tuple]) -> dict[str, StartedAdapter]:
-    "The adapters of `chosen`, from `start(W, r, s) -> (A, B, what stays of W or None for W - s B A)` with W in double precision on the CPU. MethodError for a matrix that is packed or not finite; nothing is changed."
+    "The adapters of `chosen`, from `start(W, r, s) -> (A, B, the pair that leaves W or None for the start itself)` with W in double precision on the CPU. MethodError for a matrix that is packed or not finite; nothing is changed."
     me = type(method).__name__
     for name, base in chosen.items():
         if base.storage is not None: raise MethodError(f"{name} is packed, and {me} changes the matrix itself: load the model without quant, attach, and quantize after that")
@@ -75,8 +74,8 @@ def started(method: LoRA, chosen: dict[str, Linear], ranks: dict[str, int], star
         if base.weight.is_meta: return torch.empty(r, base.in_features, device="meta"), torch.empty(base.out_features, r, device="meta"), None
         return start(base.weight.detach().to("cpu", torch.float64), r, s)
     def adapter(base, r, s):
-        A, B, rest = pair(base, r, s)
-        return StartedAdapter(base, A, B, s, method.dropout, None if rest is None else rest.to(base.weight))
+        A, B, left = pair(base, r, s)
+        return StartedAdapter(base, A, B, s, method.dropout, left)
     return {name: adapter(base, ranks[name], method.scale_of(ranks[name])) for name, base in chosen.items()}
 
 # %% ../../nbs/peft/20_inits.ipynb #6278ace7
@@ -123,7 +122,7 @@ class PiSSA(LoRA):
 # %% ../../nbs/peft/20_inits.ipynb #087d745b
 @dataclass
 class LoftQ(LoRA):
-    "LoRA that starts from what packing W as `kind` loses (arXiv 2310.08659). W becomes the values of the packed matrix; `quantize(model, kind)` after `attach` packs them."
+    "LoRA that starts from what packing W as `kind` loses (arXiv 2310.08659). `quantize(model, kind)` after `attach` packs W as the matrix that the pair was fitted to."
     rounds: int = 5             # times that packing and fitting alternate
     kind: str = "nf4"           # format of the packed base: int8, nf4, fp4
     rewrites = True
@@ -134,8 +133,12 @@ class LoftQ(LoRA):
 
     def adapters(self, model, chosen, ranks):
         "See `LoRA.adapters`."
-        pack = packer(chosen, self.kind)
-        return started(self, chosen, ranks, lambda W, r, s: alternate(W, None, r, s, self.rounds, pack))
+        pack, one = packer(chosen, self.kind), next(iter(chosen.values()))
+        def fitted(W, r, s):
+            before = alternate(W, None, r, s, self.rounds - 1, pack)[:2] if self.rounds > 1 else (W.new_zeros(r, W.shape[1]), W.new_zeros(len(W), r))
+            left = tuple(x.to(one.dtype).to(W) for x in before)          # as the adapter keeps them
+            return *alternate(W, left, r, s, 1, pack)[:2], left
+        return started(self, chosen, ranks, fitted)
 
 # %% ../../nbs/peft/20_inits.ipynb #1ff0adcb
 @dataclass
