@@ -332,7 +332,7 @@ def test_rows_in_a_cell(ipython, at_desk, monkeypatch, given, said):
     ("peft = LoRA(r='8')", ["LoRA: r='8'"]),
     ("peft = LoRA(alpha=float('nan'))", ["LoRA: alpha=nan"]),
     ("peft = LoRA(dropout='x')", ["LoRA: dropout='x'"]),
-    ("peft = [LoRA(r=2), LoRA(r=4)]", ["has an adapter already"]),
+    ("peft = [LoRA(r=2), LoRA(r=4)]", ["peft: ", "'lora'", "choose one of them"]),
     ("peft = StateTuning(init=7)", ["StateTuning: init=7"]),
     ("peft = StateTuning('nowhere.pth'); lr_init = 1.0", ["nowhere.pth"]),
     ("peft = LoRA(r=2), 3", ["peft", "3"]),

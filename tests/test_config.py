@@ -47,7 +47,7 @@ def refused(**settings):
     (dict(quant="nf5"), ["quant: 'nf5'", "did you mean 'nf4'"]), (dict(quant="int4"), ["quant: 'int4'"]), (dict(optim="lora_plus"), ["did you mean 'loraplus'"]), (dict(peft="bone", optim="lorafa"), ["optim: 'lorafa'", "'bone' has none"]),
     (dict(peft=[MiSS(), "state"], optim="loraplus"), ["'miss' and 'state' has none"]), (dict(train_type="state", optim="lorafa"), ["'state' has none"]), (dict(peft="none", optim="loraplus"), ["optim: 'loraplus'"]),
     (dict(loraplus_lr_ratio=8.0), ["loraplus_lr_ratio", "optim = 'loraplus'"]), (dict(optim="loraplus", loraplus_lr_ratio=0.0), ["loraplus_lr_ratio", "greater than 0"]), (dict(int8_matmul="fast", quant="nf4"), ["int8_matmul"]),
-    (dict(peft={"library": "peft"}), ["peft: expected a word"]),
+    (dict(peft={"library": "peft"}), ["peft: expected a word"]), (dict(peft=["lora", "bone"]), ["'lora' and 'bone'", "choose one of them"]), (dict(peft=[PiSSA(), OLoRA()]), ["'pissa' and 'olora'"]), (dict(peft=["lisa", DoRA()]), ["'lisa'", "'dora'"]),
 ])
 def test_refusal(settings, words):
     said = refused(**settings)

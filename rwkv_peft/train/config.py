@@ -19,8 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 __all__ = ['METHODS', 'METHOD_WORDS', 'SHORTHAND', 'TAKES', 'PAIRED', 'ConfigError', 'setting', 'Sources', 'Rows', 'Method',
            'Schedule', 'Optimiser', 'Hardware', 'Keeping', 'words', 'expected', 'nearest', 'sentences', 'is_foreign',
            'foreign_table', 'recorded', 'is_text_or_method', 'check_method', 'Config', 'check_later', 'check_sources',
-           'check_places', 'spoken', 'check_storage', 'check_optimiser', 'check_combinations', 'state_only', 'to_toml',
-           'read_toml', 'from_toml', 'settings_table']
+           'check_places', 'spoken', 'check_beside', 'check_storage', 'check_optimiser', 'check_combinations',
+           'state_only', 'to_toml', 'read_toml', 'from_toml', 'settings_table']
 
 # %% ../../nbs/train/10_config.ipynb #9a6e94cd
 class ConfigError(ValueError):
@@ -331,6 +331,14 @@ def spoken(peft) -> list[tuple[str, dict]]:
     table = recorded(peft)
     return [(table.get("method", "peft"), table)]
 
+# %% ../../nbs/train/10_config.ipynb #bdf3091e
+def check_beside(peft):
+    "Methods of one run that would stand in each other's way: they have the same targets."
+    words = [word for word, _ in spoken(peft)]
+    adapters = [word for word in words if word not in ("lisa", "state", "train", "none", "peft")]
+    if len(adapters) > 1: raise ValueError(f"peft: {adapters[0]!r} and {adapters[1]!r} would both put an adapter on the same matrices, and each takes one; choose one of them")
+    if adapters and "lisa" in words: raise ValueError(f"peft: 'lisa' trains the matrices on which {adapters[0]!r} puts an adapter; choose one of the two")
+
 # %% ../../nbs/train/10_config.ipynb #165fa8c8
 def check_storage(config: Config):
     "What a packed base can't be asked for, and the format that a method was made for."
@@ -358,6 +366,7 @@ def check_combinations(config: Config):
     if config.adapter:
         for n in ("peft", *SHORTHAND, "targets", "train_parts", "train_type"):
             if n in config.model_fields_set and getattr(config, n) != type(config).model_fields[n].default: raise ValueError(f"{n}: the adapter to start from says itself what is trained; leave {n} out")
+    check_beside(peft)
     check_storage(config)
     check_optimiser(config)
     if config.int8_matmul != "dequant" and config.quant != "int8": raise ValueError(f"int8_matmul = {config.int8_matmul!r} is the product of int8 matrices; say quant = 'int8' as well")
