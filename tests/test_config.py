@@ -4,8 +4,12 @@ import subprocess
 import sys
 import numpy as np
 import pytest
+from rwkv_peft.peft.inits import EVA, LoftQ, MiLoRA, OLoRA, PiSSA
+from rwkv_peft.peft.lisa import LISA
 from rwkv_peft.peft.lora import LoRA
+from rwkv_peft.peft.magnitude import DoRA
 from rwkv_peft.peft.parts import Train
+from rwkv_peft.peft.shards import Bone, MiSS
 from rwkv_peft.peft.state_tuning import StateTuning
 from rwkv_peft.train.config import Config, ConfigError, settings_table
 from rwkv_peft.train.optim import methods_of
@@ -29,13 +33,21 @@ def refused(**settings):
     (dict(lr_init=-1.0), ["lr_init", "greater than or equal to 0", "-1.0"]), (dict(micro_bsz=2.5), ["micro_bsz: expected a whole number, got 2.5"]), (dict(micro_bsz=0), ["micro_bsz", "greater than 0"]),
     (dict(micro_bsz=True), ["micro_bsz: expected a whole number, got True"]), (dict(seed="0"), ["seed: expected a whole number"]), (dict(dropout=1.0), ["dropout", "less than 1"]),
     (dict(sample_prompts=[1]), ["sample_prompts: expected a list of texts"]), (dict(resume="yes"), ["resume: expected true or false"]), (dict(grad_cp="on"), ["grad_cp: expected true or false or 'auto', got 'on'"]),
-    (dict(lr_schedule="cosine"), ["lr_schedule: 'cosine'", "did you mean 'cos'", "wsd, linear, exp, constant"]), (dict(peft="loar"), ["peft: 'loar'", "did you mean 'lora'", "lora, lisa, state, none"]),
+    (dict(lr_schedule="cosine"), ["lr_schedule: 'cosine'", "did you mean 'cos'", "wsd, linear, exp, constant"]), (dict(peft="loar"), ["peft: 'loar'", "did you mean 'lora'", "lora, rslora, pissa", "miss, lisa, state, none"]),
     (dict(peft=3), ["peft: expected a word", "LoRA(r=8)"]), (dict(peft={"r": 8}), ["peft:", "method"]), (dict(peft=["lora", "none"]), ["peft: 'none'"]), (dict(optim="sgd"), ["optim: 'sgd'", "allowed: adamw"]),
     (dict(epochs=1.0, max_steps=3), ["epochs and max_steps"]), (dict(peft="state", r=8), ["r: peft = 'state'"]), (dict(peft="none", dropout=.1), ["dropout: peft = 'none'"]),
     (dict(peft=LoRA(r=4), r=8), ["r: with a method object"]), (dict(peft="none", train_parts=["ln"]), ["train_parts:"]), (dict(model=None), ["model: is missing"]), (dict(data=None), ["data: is missing"]),
     (dict(model=3), ["model: expected"]), (dict(data=3), ["data: expected"]), (dict(data="no.jsonl"), ["data: there is no file 'no.jsonl'"]), (dict(eval_data="no.jsonl"), ["eval_data: there is no file"]),
     (dict(adapter="nowhere"), ["adapter: there is no 'nowhere'"]), (dict(name="../up"), ["name: '../up'"]), (dict(name=".."), ["name:"]), (dict(resume=True), ["resume: which run"]),
     (dict(precision="bf16", peft="none"), ["precision", "not in this version yet"]),
+    (dict(peft="bone", alpha=8.), ["alpha: peft = 'bone' has no alpha"]), (dict(peft="miss", dropout=.1), ["dropout: peft = 'miss' has no dropout"]), (dict(peft="dora", rslora=True), ["rslora: peft = 'dora'"]), (dict(peft="lisa", r=8), ["r: peft = 'lisa'"]),
+    (dict(peft="bat", ranks={"ffn": 4}), ["ranks: peft = 'bat'"]), (dict(peft="pisa"), ["did you mean 'pissa'"]), (dict(peft="train"), ["peft: 'train' is not known"]), (dict(peft=LoRA), ["LoRA(r=8)"]), (dict(ranks=8), ["ranks: expected a table"]),
+    (dict(peft="loftq"), ["peft:", "quant = 'nf4'"]), (dict(peft=LoftQ(kind="fp4"), quant="nf4"), ["quant: LoftQ is made for a base packed as fp4"]), (dict(peft={"method": "pissa", "rounds": 1, "kind": "4bit"}, quant="int8"), ["PiSSA is made for a base packed as nf4"]),
+    (dict(peft=LoftQ(kind="fp4")), ["peft:", "quant = 'fp4'"]), (dict(peft="none", quant="nf4"), ["packed matrices can't train"]), (dict(peft="lisa", quant="nf4"), ["quant: packed", "LISA"]), (dict(peft=["state", LISA()], quant="int8"), ["quant: packed", "LISA"]),
+    (dict(quant="nf5"), ["quant: 'nf5'", "did you mean 'nf4'"]), (dict(quant="int4"), ["quant: 'int4'"]), (dict(optim="lora_plus"), ["did you mean 'loraplus'"]), (dict(peft="bone", optim="lorafa"), ["optim: 'lorafa'", "'bone' has none"]),
+    (dict(peft=[MiSS(), "state"], optim="loraplus"), ["'miss' and 'state' has none"]), (dict(train_type="state", optim="lorafa"), ["'state' has none"]), (dict(peft="none", optim="loraplus"), ["optim: 'loraplus'"]),
+    (dict(loraplus_lr_ratio=8.0), ["loraplus_lr_ratio", "optim = 'loraplus'"]), (dict(optim="loraplus", loraplus_lr_ratio=0.0), ["loraplus_lr_ratio", "greater than 0"]), (dict(int8_matmul="fast", quant="nf4"), ["int8_matmul"]),
+    (dict(peft={"library": "peft"}), ["peft: expected a word"]), (dict(peft=["lora", "bone"]), ["'lora' and 'bone'", "choose one of them"]), (dict(peft=[PiSSA(), OLoRA()]), ["'pissa' and 'olora'"]), (dict(peft=["lisa", DoRA()]), ["'lisa'", "'dora'"]),
 ])
 def test_refusal(settings, words):
     said = refused(**settings)
@@ -43,8 +55,8 @@ def test_refusal(settings, words):
 
 
 @pytest.mark.parametrize("settings", [
-    dict(peft="dora"), dict(peft="pissa"), dict(peft="bone"), dict(peft="bat"), dict(peft="miss"), dict(peft=["lora", "bone"]), dict(quant="nf4"), dict(quant="fp4"), dict(quant="4bit"), dict(train_type="infctx"),
-    dict(chunk_ctx=512), dict(bptt="truncated"), dict(dataload="pack"), dict(dataload="pad"), dict(dataload="get"), dict(dataload="only"), dict(strategy="deepspeed_stage_2"), dict(strategy="ddp"), dict(devices=2), dict(optim="adamw8bit"),
+    dict(train_type="infctx"),
+    dict(chunk_ctx=512), dict(bptt="truncated"), dict(dataload="pack"), dict(dataload="pad"), dict(dataload="get"), dict(dataload="only"), dict(strategy="deepspeed_stage_2"), dict(strategy="ddp"), dict(devices=2), dict(optim="adamw8bit"), dict(optim="paged_adamw8bit"),
     dict(precision="fp16"), dict(log_with="wandb"), dict(l2wrap=1e-4), dict(z_loss=1e-4), dict(layerwise_lr=True), dict(template="bot"), dict(loss_mask="qa"),
     dict(mask_id={"mask0": "0"}), dict(sft_field=["a", "b"])])
 def test_later_words_are_known_and_refused(settings):
@@ -87,15 +99,20 @@ def test_toml_errors_name_the_line(tmp_path):
 
 def test_method_objects_survive_as_tables(tmp_path):
     data = str(rows_file(tmp_path))
-    config = make(data=data, peft=[LoRA(r=4, dropout=.1), StateTuning(), Train(["ln"])])
     path = tmp_path / "run.toml"
-    path.write_text(config.to_toml())
-    assert methods_of(Config.from_toml(path)) == methods_of(config) == [LoRA(r=4, dropout=.1), StateTuning(), Train(["ln"])]
+    for given in ([LoRA(r=4, dropout=.1), StateTuning(), Train(["ln"])], LoRA(rslora=True, ranks={"ffn": 2}), PiSSA(4, rounds=2, kind="nf4"), OLoRA(4), MiLoRA(4), EVA(4, rho=1.5), LoftQ(4, kind="nf4"), DoRA(4, 8), Bone(8), MiSS(8), LISA(1, 3, emb=True)):
+        config = make(data=data, peft=given, quant="nf4" if getattr(given, "kind", None) else "none")
+        path.write_text(config.to_toml())
+        again = Config.from_toml(path)
+        assert methods_of(again) == methods_of(config) == (given if isinstance(given, list) else [given]) and Config.from_toml(path).to_toml() == again.to_toml() == config.to_toml()
 
 
 @pytest.mark.parametrize("settings, expected", [
     ({}, [LoRA()]), (dict(r=4, alpha=8., dropout=.1), [LoRA(4, 8., .1)]), (dict(peft="state"), [StateTuning()]), (dict(train_type="state"), [StateTuning()]), (dict(peft="none"), []),
-    (dict(peft="lora", train_type="state"), [LoRA(), StateTuning()]), (dict(train_parts="ln"), [LoRA(), Train(["ln"])]), (dict(peft=["lora", "state"]), [LoRA(), StateTuning()]), (dict(peft={"method": "lora", "r": 2}), [LoRA(2)])])
+    (dict(peft="lora", train_type="state"), [LoRA(), StateTuning()]), (dict(train_parts="ln"), [LoRA(), Train(["ln"])]), (dict(peft=["lora", "state"]), [LoRA(), StateTuning()]), (dict(peft={"method": "lora", "r": 2}), [LoRA(2)]),
+    (dict(peft="rslora", r=4), [LoRA(4, rslora=True)]), (dict(rslora=True, ranks={"ffn": 4}), [LoRA(rslora=True, ranks={"ffn": 4})]), (dict(peft="pissa", r=4, alpha=8.), [PiSSA(4, 8.)]), (dict(peft="olora"), [OLoRA()]), (dict(peft="milora"), [MiLoRA()]),
+    (dict(peft="eva", r=4), [EVA(4)]), (dict(peft="loftq", quant="fp4"), [LoftQ(kind="fp4")]), (dict(peft="dora", dropout=.1), [DoRA(dropout=.1)]), (dict(peft="bone", r=8), [Bone(8)]), (dict(peft="bat"), [Bone()]), (dict(peft="miss", r=8), [MiSS(8)]),
+    (dict(peft="lisa"), [LISA()]), (dict(peft=["dora", "state"]), [DoRA(), StateTuning()]), (dict(peft=["miss", {"method": "train", "parts": ["ln"]}]), [MiSS(), Train(["ln"])])])
 def test_methods(settings, expected): assert methods_of(make(**settings)) == expected
 
 

@@ -106,8 +106,8 @@ def test_packing_after_attach_is_refused_and_so_is_a_run_over_int8(tmp_path):
     with pytest.raises(ValueError, match="trains"): quantize(model)
     assert all(part.storage is None for part in (model.blocks[0].att.key, model.blocks[3].ffn.value))
     model = new_model()
-    run = make(tmp_path, model=model, quant="int8")
-    with pytest.raises(ConfigError, match="quant: packed matrices can't train, and LISA"): run.plan()
+    with pytest.raises(ConfigError, match="quant: packed matrices can't train, and LISA"): make(tmp_path, model=model, quant="int8")
+    with pytest.raises(ValueError, match="LISA: .* is packed"): make(tmp_path, model=quantize(new_model())).plan()
     assert getattr(model, "attached", None) is None and model.blocks[0].att.key.storage is None
 
 

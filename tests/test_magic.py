@@ -310,8 +310,10 @@ def completions(shell, text):
     ("%%rwkv_finetune x\nlr_", ["lr_init", "lr_schedule", "lr_final"], ["model"]),
     ("%%rwkv_finetune x\nlr_init = 1\nlr_", ["lr_final"], ["lr_init"]),
     ("%%rwkv_finetune x\nr = 4; lr_sch", ["lr_schedule"], ["lr_init"]),
-    ("%%rwkv_finetune x\npeft = ", ['"lora"', '"state"', '"none"'], ['"dora"']),
+    ("%%rwkv_finetune x\npeft = ", ['"lora"', '"dora"', '"bat"', '"state"', '"none"'], ['"train"']),
     ("%%rwkv_finetune x\nlr_schedule = \"co", ["cos", "constant"], ["wsd"]),
+    ("%%rwkv_finetune x\nquant = \"n", ["nf4", "none"], ["int8"]),
+    ("%%rwkv_finetune x\noptim = \"lora", ["loraplus", "lorafa"], ["adamw"]),
     ("%%rwkv_finetune x\ndata = my_ro", ["my_rows"], ["model"]),
     ("lr_", [], ["lr_init"]),
 ])

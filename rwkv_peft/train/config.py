@@ -16,10 +16,11 @@ import sys
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 # %% auto #0
-__all__ = ['METHODS', 'ConfigError', 'setting', 'Sources', 'Rows', 'Method', 'Schedule', 'Optimiser', 'Hardware', 'Keeping',
-           'words', 'expected', 'nearest', 'sentences', 'recorded', 'check_method', 'Config', 'check_later',
-           'check_sources', 'check_places', 'check_combinations', 'state_only', 'to_toml', 'read_toml', 'from_toml',
-           'settings_table']
+__all__ = ['METHODS', 'METHOD_WORDS', 'SHORTHAND', 'TAKES', 'PAIRED', 'ConfigError', 'setting', 'Sources', 'Rows', 'Method',
+           'Schedule', 'Optimiser', 'Hardware', 'Keeping', 'words', 'expected', 'nearest', 'sentences', 'is_foreign',
+           'foreign_table', 'recorded', 'is_text_or_method', 'check_method', 'Config', 'check_later', 'check_sources',
+           'check_places', 'spoken', 'check_beside', 'check_storage', 'check_optimiser', 'check_combinations',
+           'state_only', 'to_toml', 'read_toml', 'from_toml', 'settings_table']
 
 # %% ../../nbs/train/10_config.ipynb #9a6e94cd
 class ConfigError(ValueError):
@@ -58,15 +59,17 @@ class Rows(BaseModel):
 # %% ../../nbs/train/10_config.ipynb #93c3abf0
 class Method(BaseModel):
     "What is trained"
-    peft: Any = setting("lora", "the method: a word, a method object, a table, or a list of them; none trains every weight", later=("pissa", "bone", "bat", "miss", "dora"))
-    r: int = setting(16, "rank of the correction", gt=0)
+    peft: Any = setting("lora", "the method: a word, a method object, a PeftConfig of Hugging Face, a table, or a list of them; none trains every weight")
+    r: int = setting(16, "rank of the correction; side of a block for bone, width of a shard for miss", gt=0)
     alpha: float | None = setting(None, "scale of the correction times r; unset: r, a scale of 1", gt=0)
     dropout: float = setting(0.0, "dropout before the adapter", ge=0, lt=1)
+    rslora: bool = setting(False, "scale alpha / √r in place of alpha / r, for LoRA and its other starts")
+    ranks: dict | None = setting(None, "ranks of single matrices, such as {\"ffn\": 8}, for LoRA and its other starts; unset: r everywhere")
     targets: list[str] | None = setting(None, "matrices that get an adapter; unset: the method's own choice")
     train_parts: list[str] = setting([], "parts of the base that are trained as well, such as \"ln\"")
     train_type: Literal["normal", "infctx", "state"] = setting("normal", "state adds state tuning (alone, when peft is not set)", later=("infctx",))
     bptt: Literal["exact", "truncated"] = setting("exact", "gradient through the chunks of a row", later=("truncated",))
-    quant: Literal["none", "int8", "nf4", "fp4", "4bit"] = setting("none", "storage of the frozen matrices", later=("nf4", "fp4", "4bit"))
+    quant: Literal["none", "int8", "nf4", "fp4", "4bit"] = setting("none", "storage of the frozen matrices; 4bit is nf4 here, and was fp4 in RWKV-PEFT")
     int8_matmul: Literal["dequant", "exact", "fast"] = setting("dequant", "product of int8 matrices: made into floats, or by integers")
 
 # %% ../../nbs/train/10_config.ipynb #da28084e
@@ -76,7 +79,7 @@ class Schedule(BaseModel):
     accumulate: int | None = setting(None, "forward passes in one optimiser step; unset: as many as make about 16 rows", gt=0)
     epochs: float | None = setting(None, "passes over the rows; unset: 1, or as max_steps says", gt=0)
     max_steps: int | None = setting(None, "optimiser steps, in place of epochs", gt=0)
-    lr_init: float | None = setting(None, "learning rate after the warm-up; unset: 2e-4 for lora, 1e-5 for none, and what the learning-rate finder suggests for state", ge=0)
+    lr_init: float | None = setting(None, "learning rate after the warm-up; unset, by method: 2e-4 for LoRA, DoRA, EVA, LoftQ and MiLoRA, 5e-5 for PiSSA and OLoRA, 1e-4 for MiSS, Bone and LISA, 1e-5 for full weights, and what the learning-rate finder suggests for state", ge=0)
     lr_final: float | None = setting(None, "learning rate at the end; unset: a tenth of lr_init", ge=0)
     lr_schedule: Literal["cos", "wsd", "linear", "exp", "constant"] = setting("cos", "the way from lr_init to lr_final")
     warmup_steps: int | None = setting(None, "steps of the linear warm-up; unset: 3 % of the steps", ge=0)
@@ -85,7 +88,8 @@ class Schedule(BaseModel):
 # %% ../../nbs/train/10_config.ipynb #1cc3ec98
 class Optimiser(BaseModel):
     "The update"
-    optim: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = setting("adamw", "optimiser", later=("adamw8bit", "paged_adamw8bit"))
+    optim: Literal["adamw", "loraplus", "lorafa", "adamw8bit", "paged_adamw8bit"] = setting("adamw", "optimiser; loraplus: LoRA's B learns faster than A; lorafa: A stays as it is, B alone trains", later=("adamw8bit", "paged_adamw8bit"))
+    loraplus_lr_ratio: float = setting(16.0, "how many times faster, with loraplus", gt=0)
     weight_decay: float = setting(0.0, "decay of trained matrices, vectors never", ge=0)
     grad_clip: float = setting(1.0, "largest norm of the gradient; 0: no clipping", ge=0)
     layerwise_lr: bool = setting(False, "the seed project's learning-rate groups", later=(True,))
@@ -169,33 +173,58 @@ def _short(value) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
-# %% ../../nbs/train/10_config.ipynb #ba17f43a
-METHODS = {"lora": "LoRA", "lisa": "LISA", "state": "StateTuning", "train": "Train"}  # the word of a method, and its class
+# %% ../../nbs/train/10_config.ipynb #687d1b75
+METHODS = {"lora": "LoRA", "rslora": "LoRA", "pissa": "PiSSA", "olora": "OLoRA", "milora": "MiLoRA", "eva": "EVA", "loftq": "LoftQ", "dora": "DoRA",
+           "bone": "Bone", "bat": "Bone", "miss": "MiSS", "lisa": "LISA", "state": "StateTuning", "train": "Train"}      # the word of a method, and its class; of several words the first is written down
+METHOD_WORDS = (*(w for w in METHODS if w != "train"), "none")                                                              # what `peft` may say; parts of the base are named by train_parts
 
+# %% ../../nbs/train/10_config.ipynb #16c13171
+def is_foreign(value) -> bool:
+    "Is it a `PeftConfig` of Hugging Face's peft? Asked by what it has; nothing is imported."
+    return hasattr(value, "peft_type") and callable(getattr(value, "to_dict", None)) and not isinstance(value, type)
+
+# %% ../../nbs/train/10_config.ipynb #117e1f0d
+def foreign_table(value) -> dict:
+    "A `PeftConfig` as a table: `library` and `peft_type`, and what differs from a new one of its class."
+    def flat(x):
+        if hasattr(x, "value"): return x.value
+        if isinstance(x, dict): return {str(k): flat(v) for k, v in x.items() if v is not None}
+        return sorted(x) if isinstance(x, (set, frozenset)) else list(x) if isinstance(x, tuple) else x
+    usual = type(value)().to_dict()
+    return {"library": "peft", "peft_type": flat(value.peft_type)} | {k: flat(v) for k, v in value.to_dict().items() if v is not None and v != usual.get(k) and k != "peft_type"}
+
+# %% ../../nbs/train/10_config.ipynb #ba17f43a
 def recorded(value):
     "What a TOML file holds in place of `value`: itself, a table for a method object, `<a description>` for any other object. `None` stays None and is left out."
     if value is None or isinstance(value, (str, bool, int, float)): return value
     if isinstance(value, Path): return str(value)
     if isinstance(value, dict): return {str(k): recorded(v) for k, v in value.items() if v is not None}
+    if is_foreign(value): return foreign_table(value)
     if is_dataclass(value) and type(value).__name__ in METHODS.values():
         word = next(w for w, cls in METHODS.items() if cls == type(value).__name__)
         return {"method": word} | {f.name: recorded(getattr(value, f.name)) for f in fields(value) if getattr(value, f.name) is not None}
-    if isinstance(value, (list, tuple)) and all(isinstance(v, str) or is_dataclass(v) for v in value): return [recorded(v) for v in value]
+    if isinstance(value, (list, tuple)) and all(is_text_or_method(v) for v in value): return [recorded(v) for v in value]
     if getattr(value, "source", None) and hasattr(value, "parameters"): return str(value.source)
     size = f" of {len(value)} rows" if hasattr(value, "__len__") else ""
     return f"<{getattr(value, '__name__', type(value).__name__)}{size}>"
 
+# %% ../../nbs/train/10_config.ipynb #765fe837
+def is_text_or_method(value) -> bool:
+    "May it stand in a list that is written down whole?"
+    if isinstance(value, dict): return value.get("method") in METHODS or value.get("library") == "peft"
+    return isinstance(value, str) or is_foreign(value) or type(value).__name__ in METHODS.values()
+
 # %% ../../nbs/train/10_config.ipynb #c3fd4f0a
-def check_method(value, known: tuple = ("lora", "lisa", "state", "none"), later: tuple = ("pissa", "bone", "bat", "miss", "dora")):
+def check_method(value, known: tuple = METHOD_WORDS):
     "`value`, or a ValueError when it is no method: one sentence with the nearest word."
     if isinstance(value, (list, tuple)) and "none" in [v for v in value if isinstance(v, str)]: raise ValueError("peft: 'none' trains every weight, by itself; give it alone, without a list")
-    if isinstance(value, (list, tuple)) and value: return [check_method(v, ("lora", "lisa", "state"), later) for v in value]
-    if is_dataclass(value) and type(value).__name__ in METHODS.values(): return value
+    if isinstance(value, (list, tuple)) and value: return [check_method(v, METHOD_WORDS[:-1]) for v in value]
+    if is_foreign(value) or (is_dataclass(value) and type(value).__name__ in METHODS.values()): return value
+    if isinstance(value, dict) and value.get("library") == "peft" and isinstance(value.get("peft_type"), str): return value
     word = value.get("method") if isinstance(value, dict) else value
     known = (*METHODS,) if isinstance(value, dict) else known
-    if word in later: raise ValueError(f"peft = {word!r} is not in this version yet; it has {', '.join(known)}")
     if word in known and isinstance(word, str): return value
-    if isinstance(word, str): raise ValueError(f"peft: {word!r} is not known{nearest(word, known + later)}{' ' if nearest(word, known + later) else '; '}allowed: {', '.join(known)}")
+    if isinstance(word, str): raise ValueError(f"peft: {word!r} is not known{nearest(word, known)}{' ' if nearest(word, known) else '; '}allowed: {', '.join(known)}")
     raise ValueError(f"peft: expected a word ({', '.join(known)}), a method object such as LoRA(r=8), a table with a method in it, or a list of them, got {_short(value)}")
 
 # %% ../../nbs/train/10_config.ipynb #f75b8894
@@ -249,7 +278,7 @@ def check_later(config: Config):
     "Refuses a value that is part of the vocabulary and not of this version."
     for name, field in type(config).model_fields.items():
         later, value = field.json_schema_extra["later"], getattr(config, name)
-        if name == "peft" or not later or value == field.default: continue
+        if not later or value == field.default: continue
         above = next((float(w.split()[1]) for w in later if isinstance(w, str) and w.startswith("above ")), None)
         if value in later or "any value" in later or (above is not None and value > above):
             raise ValueError(f"{name} = {_short(value)} is not in this version yet; leave it at its default, {field.default!r}")
@@ -289,21 +318,64 @@ def check_places(config: Config):
     if not nearest_there.is_dir(): raise ValueError(f"output: {str(nearest_there)!r} is a file, and a run needs a folder; choose another one")
     if not os.access(nearest_there, os.W_OK | os.X_OK): raise ValueError(f"output: nothing may be written into {str(nearest_there)!r}; choose another folder")
 
+# %% ../../nbs/train/10_config.ipynb #c8ccf46e
+SHORTHAND = ("r", "alpha", "dropout", "rslora", "ranks")                       # settings that stand for fields of a method
+TAKES = {"dora": ("r", "alpha", "dropout"), **dict.fromkeys(("bone", "bat", "miss"), ("r",)), **dict.fromkeys(("lisa", "state", "none"), ())}      # those of a word that takes fewer
+PAIRED = ("lora", "rslora", "pissa", "olora", "milora", "eva", "loftq", "dora")  # methods with a pair A, B
+
+# %% ../../nbs/train/10_config.ipynb #c6d64eb4
+def spoken(peft) -> list[tuple[str, dict]]:
+    "For each method that a value of `peft` stands for: its word (\"peft\" for one of Hugging Face's library) and its settings as far as they are said."
+    if isinstance(peft, list): return [pair for value in peft for pair in spoken(value)]
+    if isinstance(peft, str): return [(peft, {})]
+    table = recorded(peft)
+    return [(table.get("method", "peft"), table)]
+
+# %% ../../nbs/train/10_config.ipynb #bdf3091e
+def check_beside(peft):
+    "Methods of one run that would stand in each other's way: they have the same targets."
+    words = [word for word, _ in spoken(peft)]
+    adapters = [word for word in words if word not in ("lisa", "state", "train", "none", "peft")]
+    if len(adapters) > 1: raise ValueError(f"peft: {adapters[0]!r} and {adapters[1]!r} would both put an adapter on the same matrices, and each takes one; choose one of them")
+    if adapters and "lisa" in words: raise ValueError(f"peft: 'lisa' trains the matrices on which {adapters[0]!r} puts an adapter; choose one of the two")
+
+# %% ../../nbs/train/10_config.ipynb #165fa8c8
+def check_storage(config: Config):
+    "What a packed base can't be asked for, and the format that a method was made for."
+    kind = "nf4" if config.quant == "4bit" else config.quant
+    for word, told in spoken(check_method(config.peft)):
+        if kind != "none" and word == "none": raise ValueError("quant: packed matrices can't train, and peft = 'none' trains them all; choose an adapter, or leave quant out")
+        if kind != "none" and word == "lisa": raise ValueError("quant: packed matrices can't train, and LISA trains them in turns; leave quant out, or choose an adapter")
+        if kind != "none" and word == "peft": raise ValueError(f"quant: Hugging Face's layers read the base as floats, and {kind} packs it; leave quant out, or use a method such as 'lora'")
+        made_for = "nf4" if told.get("kind") == "4bit" else told.get("kind")
+        if word == "loftq" and kind == "none": raise ValueError(f"peft: LoftQ starts from what packing loses; say in which format the base is packed, as in quant = {made_for or 'nf4'!r}")
+        if made_for and made_for != kind: raise ValueError(f"quant: {METHODS[word]} is made for a base packed as {made_for}, and quant = {config.quant!r}; say the same in both")
+
+# %% ../../nbs/train/10_config.ipynb #e1849afb
+def check_optimiser(config: Config):
+    "`loraplus` and `lorafa` are for pairs A, B; the ratio is for `loraplus`."
+    if config.loraplus_lr_ratio != type(config).model_fields["loraplus_lr_ratio"].default and config.optim != "loraplus": raise ValueError("loraplus_lr_ratio is the rate of LoRA's B with optim = 'loraplus'; say that as well, or leave it out")
+    if config.optim not in ("loraplus", "lorafa") or config.adapter: return
+    words = ["state"] if state_only(config) else [word for word, _ in spoken(check_method(config.peft))]
+    if not set(words) & set(PAIRED): raise ValueError(f"optim: {config.optim!r} is for the pair A, B of LoRA and its kin, and {' and '.join(repr(w) for w in words)} has none; use 'adamw', or peft = 'lora'")
+
 # %% ../../nbs/train/10_config.ipynb #356c38e8
 def check_combinations(config: Config):
     "Settings that contradict each other."
     peft = check_method(config.peft)
     if config.adapter:
-        for n in ("peft", "r", "alpha", "dropout", "targets", "train_parts", "train_type"):
+        for n in ("peft", *SHORTHAND, "targets", "train_parts", "train_type"):
             if n in config.model_fields_set and getattr(config, n) != type(config).model_fields[n].default: raise ValueError(f"{n}: the adapter to start from says itself what is trained; leave {n} out")
-    if config.quant != "none" and peft == "none": raise ValueError("quant: packed matrices can't train, and peft = 'none' trains them all; choose an adapter, or leave quant out")
+    check_beside(peft)
+    check_storage(config)
+    check_optimiser(config)
     if config.int8_matmul != "dequant" and config.quant != "int8": raise ValueError(f"int8_matmul = {config.int8_matmul!r} is the product of int8 matrices; say quant = 'int8' as well")
     if config.epochs is not None and config.max_steps is not None: raise ValueError("epochs and max_steps both say how long the run is; give one of them")
-    shorthand = [n for n in ("r", "alpha", "dropout") if n in config.model_fields_set and getattr(config, n) != type(config).model_fields[n].default]
-    if shorthand and peft in ("none", "state", "lisa") and "peft" in config.model_fields_set:
-        raise ValueError(f"{shorthand[0]}: peft = {peft!r} has no {shorthand[0]}; leave it out")
+    shorthand = [n for n in SHORTHAND if n in config.model_fields_set and getattr(config, n) != type(config).model_fields[n].default]
     if shorthand and not isinstance(peft, str):
         raise ValueError(f"{shorthand[0]}: with a method object or table, say it there, as in LoRA(r=8)")
+    strange = [n for n in shorthand if n not in TAKES.get(peft, SHORTHAND)] if "peft" in config.model_fields_set else []
+    if strange: raise ValueError(f"{strange[0]}: peft = {peft!r} has no {strange[0]}; leave it out")
     if config.train_parts and peft == "none": raise ValueError("train_parts: peft = 'none' trains every part already; leave it out")
     if config.state and not state_only(config): raise ValueError("state: a state to start from is used with peft = 'state' in this version")
     if config.precision == "bf16" and peft == "none": raise ValueError("precision = 'bf16' with peft = 'none' is not in this version yet: it needs fp32 masters of every weight; use fp32 or auto")
@@ -348,6 +420,6 @@ def settings_table(cls: type[Config] = Config) -> list[dict]:
         for name in group.__annotations__:
             field = cls.model_fields[name]
             later = field.json_schema_extra["later"]
-            allowed = [w for w in (words(field.annotation) or (["lora", "lisa", "state", "none"] if name == "peft" else [])) if w not in later]
+            allowed = [w for w in (words(field.annotation) or (METHOD_WORDS if name == "peft" else [])) if w not in later]
             rows.append({"group": group.__doc__, "name": name, "allowed": allowed, "expects": expected(field.annotation), "default": field.default, "description": field.description, "later": later})
     return rows

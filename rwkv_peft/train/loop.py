@@ -6,6 +6,7 @@
 from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 import asyncio
@@ -15,31 +16,36 @@ import platform
 import signal
 import threading
 import time
+import warnings
 import torch
 from torch import Tensor, nn
 from ..data.batches import Batch, batches, collate, count_batches
 from ..data.records import Dataset, read_data
 from ..kernels.wkv import backends
-from ..model.quant import quantize
+from ..model.quant import kind_of, quantize
 from ..model.checkpoint import config_of, fastest_dtype, fingerprint, load, read, save
 from ..model.sample import Sampler, generate
 from ..model.state import save_state
 from ..model.tokenizer import tokenizer_for
+from ..model.files import read_tensors, write_tensors
 from ..kernels.heap import keep_heap
-from ..peft.adapters import attach, detach, load_adapter, save_adapter, trained_parameters
+from ..peft.adapters import attach, detach, load_adapter, packed_as, save_adapter, trained_parameters, unpack
+from ..peft.lora import linears
+from ..peft.inits import EVA, StartedAdapter
 from ..peft.lisa import refit, refuse_with_zero
 from .config import Config, ConfigError, recorded
 from .evaluate import evaluate, trained_bytes
 from .events import EventLog, event, read_events, timeline
 from .folder import OwnRandomness, checkpoints, folder_of, holds_run, load_checkpoint, load_config, load_rows, prune, save_changes, save_checkpoint, save_config, save_rows
 from .loss import accumulate, on_device, trained_tokens
-from .optim import default_lr, lr_at, make_optimizer, methods_of, parameter_groups, set_lr
+from .optim import default_lr, lorafa_groups, lr_at, make_optimizer, methods_of, parameter_groups, set_lr
 
 # %% auto #0
-__all__ = ['TrainingError', 'Feed', 'patient', 'accelerator_on', 'read_rows_of', 'load_base', 'settle', 'take_step', 'turn',
-           'peak_memory', 'not_finite', 'examine', 'speak', 'keep', 'put_back', 'go_on', 'finish', 'save_results',
-           'train', 'halt', 'prepare', 'left_by', 'check_same', 'make_trainable', 'begin', 'find_rate', 'plan_of',
-           'report_of', 'Run', 'events_of', 'last_words', 'finetune']
+__all__ = ['TrainingError', 'Feed', 'patient', 'accelerator_on', 'read_rows_of', 'load_base', 'settle', 'plain_words',
+           'take_step', 'turn', 'peak_memory', 'not_finite', 'examine', 'speak', 'keep', 'put_back', 'starts_of',
+           'go_on', 'finish', 'save_results', 'train', 'halt', 'prepare', 'left_by', 'take_off', 'check_same',
+           'make_trainable', 'look_at_rows', 'save_looked_at', 'begin', 'find_rate', 'plan_of', 'report_of', 'Run',
+           'events_of', 'last_words', 'finetune']
 
 # %% ../../nbs/train/70_loop.ipynb #d54764fe
 class TrainingError(RuntimeError):
@@ -132,6 +138,14 @@ def settle(config: Config, rows: int, lr: float | None) -> SimpleNamespace:
     s.save_steps = config.save_steps or s.eval_steps
     return s
 
+# %% ../../nbs/train/70_loop.ipynb #b9c2c1e2
+def plain_words(config: Config) -> tuple[Config, list[str]]:
+    "The settings with `quant` as one of `model.quant.KINDS`, and what there is to say about it."
+    if config.quant != "4bit": return config, []
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        return config.changed(quant=kind_of(config.quant)), [str(w.message) for w in told]
+
 # %% ../../nbs/train/70_loop.ipynb #6ba7e6cb
 def take_step(run: Run) -> dict:
     "One optimiser step. Returns the fields of its event; raises TrainingError, with nothing updated, when loss or gradient are not finite."
@@ -220,7 +234,7 @@ def keep(run: Run) -> dict:
     "Writes a checkpoint of this step and drops those that are neither new nor best; returns the `saved` event. OSError when there is no room."
     training = {"optimizer": run.optimizer.state_dict(), "random": run.random.state, "epoch": run.feed.epoch, "start": run.feed.start,
                 **{name: getattr(run, name) for name in ("best_loss", "best_step", "waited", "evaluated")}}
-    path = save_checkpoint(run.folder, run.step, run.trained, training)
+    path = save_checkpoint(run.folder, run.step, run.trained | run.starts, training)
     run.saved = run.step
     prune(run.folder, run.config.keep, run.best_step)
     return run.say("saved", step=run.step, path=path.relative_to(run.folder).as_posix(), best=run.best_step == run.step)
@@ -228,9 +242,17 @@ def keep(run: Run) -> dict:
 # %% ../../nbs/train/70_loop.ipynb #7ad1e73a
 @torch.no_grad()
 def put_back(run: Run, tensors: dict[str, Tensor], where: str):
-    "Copies a checkpoint's tensors into the trained parameters; the names must be the same."
-    if set(tensors) != set(run.trained): raise ConfigError(f"{where} holds other parameters than these settings train ({min(set(tensors) ^ set(run.trained))}); was a file of the run changed?")
+    "Copies a checkpoint's tensors into the trained parameters; names and shapes must be the same, and so must the starts that W was changed by (but for the last places, which other machines round otherwise)."
+    here = run.trained | run.starts
+    if set(tensors) != set(here): raise ConfigError(f"{where} holds other parameters than these settings train ({min(set(tensors) ^ set(here))}); was a file of the run changed?")
+    other = next((n for n, x in here.items() if tensors[n].shape != x.shape or n in run.starts and (tensors[n].to(x) - x).norm() > 1e-3 * x.norm()), None)
+    if other: raise ConfigError(f"{where} begins from another {other} than the method finds here; resume with the model, and on the kind of machine, that the run began with")
     for name, parameter in run.trained.items(): parameter.copy_(tensors[name])
+
+# %% ../../nbs/train/70_loop.ipynb #8f69949f
+def starts_of(model: nn.Module) -> dict[str, Tensor]:
+    "Name -> tensor of what methods took out of W at their start: A0 and B0 of PiSSA and its kin."
+    return {f"{n}.{key}": x for n, m in model.named_modules() if isinstance(m, StartedAdapter) for key, x in m.named_buffers()}
 
 # %% ../../nbs/train/70_loop.ipynb #ec3247ba
 def go_on(run: Run):
@@ -320,11 +342,14 @@ def prepare(run: Run):
     left = resuming and left_by(model, run.folder)
     run.base = model.attached.base if left else fingerprint(model)
     if resuming: check_same(run, prints, tokenizer)
-    if left: detach(model)
+    if left: take_off(model, run.methods)
     run.tokenizer, run.lengths = tokenizer, [len(e.tokens) - 1 for e in run.data]
     run.device = next(model.parameters()).device
     run.random = OwnRandomness(config.seed, str(run.device))
-    with run.random: run.trained = make_trainable(model, run.methods, config)
+    with run.random:
+        run.methods = [look_at_rows(run, m) for m in run.methods]
+        run.trained = make_trainable(model, run.methods, config)
+    run.starts = starts_of(model)
     if config.adapter: run.methods = [*model.attached.methods]
     model.grad_cp = run.device.type == "cuda" if config.grad_cp == "auto" else config.grad_cp
     if config.backend != "auto": model.backend = config.backend
@@ -341,6 +366,16 @@ def left_by(model: nn.Module, folder: Path) -> bool:
 def _mark(run: Run, going: bool):
     record = getattr(run.model, "attached", None)
     if record: run.model.trained_in = None if going else (run.folder.resolve(), record)
+
+# %% ../../nbs/train/70_loop.ipynb #9b8c66c3
+@torch.no_grad()
+def take_off(model: nn.Module, methods: list):
+    "Detaches. If one of `methods` is to change W and the run has packed it, W is read again from the model's file, as it was before."
+    detach(model)
+    if not packed_as(model) or not any(getattr(m, "rewrites", False) for m in methods): return
+    unpack(model)
+    tensors = read(model.source)
+    for name, linear in linears(model).items(): linear.weight.copy_(tensors[f"{name}.weight"])
 
 # %% ../../nbs/train/70_loop.ipynb #6ca5e30b
 def check_same(run: Run, prints: dict, tokenizer):
@@ -364,11 +399,37 @@ def make_trainable(model: nn.Module, methods: list, config: Config) -> dict[str,
         return trained_parameters(model)
     if config.adapter: load_adapter(model, config.adapter)
     else: attach(model, *methods, targets=config.targets)
+    named = trained_parameters(model)
+    if config.optim == "lorafa": lorafa_groups(named.items(), model)      # freezes every A of a pair; the checkpoint holds it all the same
     try: quantize(model, config.quant, config.int8_matmul)
     except ValueError as error: raise ConfigError(str(error)) from None
     for m in turning: m.redraw(model, 0, config.seed)
-    later = {n for m in turning for n in m.names(model)}
+    later = {n for m in turning for n in m.names(model)} | set(named)
     return {n: p for n, p in model.named_parameters() if p.requires_grad or n in later}
+
+# %% ../../nbs/train/70_loop.ipynb #f10b7e08
+def look_at_rows(run: Run, method, enough: int = 4096):
+    "`method` itself, or for an EVA one with batches: those of the user, those in the run's folder, or the run's first ones, up to `enough` learnt tokens."
+    if not isinstance(method, EVA) or run.config.adapter: return method
+    kept = run.folder / "looked_at.safetensors"
+    if run.config.resume and kept.exists():
+        held = read_tensors(kept)
+        found = [tuple(held.get(f"{i}.{part}") for part in ("tokens", "resets", "weights")) for i in range(len([n for n in held if n.endswith(".tokens")]))]
+    elif method.batches is not None: found = run.looked_at = list(method.batches)
+    else:
+        found, seen = [], 0
+        for batch in batches(run.data, run.config.micro_bsz or 1, run.config.dataload, run.config.seed):
+            if seen >= enough: break
+            found, seen = [*found, batch], seen + trained_tokens([batch])
+    return replace(method, batches=found)
+
+# %% ../../nbs/train/70_loop.ipynb #105068f6
+def save_looked_at(run: Run):
+    "Writes the rows that a user gave to EVA into the run's folder, if there are any."
+    if not run.looked_at: return
+    parts = lambda b: (b,) if isinstance(b, Tensor) else (b.tokens, b.resets, b.weights) if hasattr(b, "tokens") else tuple(b)
+    held = {f"{i}.{name}": x.contiguous() for i, b in enumerate(run.looked_at) for name, x in zip(("tokens", "resets", "weights"), parts(b)) if x is not None}
+    write_tensors(held, run.folder / "looked_at.safetensors")
 
 # %% ../../nbs/train/70_loop.ipynb #4e91e269
 def begin(run: Run) -> Iterator[dict]:
@@ -382,17 +443,20 @@ def begin(run: Run) -> Iterator[dict]:
         except OSError as error: raise ConfigError(f"output: {str(run.folder)!r} can't be made ({error.strerror}); choose another folder") from None
         save_config(run.folder, run.config, {"name": run.folder.name, **{k: getattr(s, k) for k in ("micro_bsz", "accumulate", "lr_init", "lr_final", "warmup_steps")}})
         save_rows(run.folder, run.data, run.held_out, run.base)
+        save_looked_at(run)
     else: save_changes(run.folder, run.asked.given)
     run.log = EventLog(run.folder / "events.jsonl")
     run.accelerator = accelerator_on(run.device)
     if run.device.type == "cpu": keep_heap()
-    optimizer = make_optimizer(trained_parameters(run.model).items(), s.lr_init, run.config.weight_decay)
+    named = run.trained if run.config.optim == "lorafa" else trained_parameters(run.model)
+    optimizer = make_optimizer(named.items(), s.lr_init, run.config.weight_decay, run.config.optim, run.config.loraplus_lr_ratio, run.model)
     run.model, run.optimizer = run.accelerator.prepare(run.model, optimizer, device_placement=[False, False])
     run.feed = Feed(run.data, s.micro_bsz, run.config.dataload, run.config.seed)
     if resuming: go_on(run)
     told = {k: recorded(v) for k, v in {**run.config.given, "name": run.folder.name, **vars(s)}.items() if v is not None}
     yield run.say("start", config=told, versions=_versions(), plan=run.plan(), data=dict(run.data.report(s.micro_bsz)), folder=str(run.folder))
     if resuming: yield run.say("resumed", step=run.step)
+    for word in run.told if not resuming else (): yield run.say("warning", message=word)
     if not resuming and len(run.methods) > 1 and run.config.lr_init is None and any(n.endswith(".time_state") for n in run.trained):
         yield run.say("warning", message=f"the state is tuned at the same rate as the rest, {s.lr_init:g}, and may want a much higher one; set lr_init, or tune one after the other")
     if not resuming and run.held_out is None: yield run.say("warning", message="no rows are held out, so nothing tells whether the model gets better on rows that it has not seen, and the last weights are kept; set eval_split or eval_data")
@@ -452,7 +516,9 @@ class Run:
     def __init__(self, config: Config):
         self.asked, self.folder = config, folder_of(config.output, config.name)
         if not config.resume and holds_run(self.folder): raise ConfigError(_taken(self.folder))
+        config, self.told = plain_words(config)
         self.config = load_config(self.folder, config.given) if config.resume else config
+        self.methods, self.starts, self.looked_at = [], {}, None
         self.model = self.data = self.held_out = self.log = self.rates = self.saved = self.best_step = self.error = None
         self.step, self.waited, self.evaluated, self.best_loss = 0, 0, -1, math.inf
         self._stop, self._pause, self.ended, self.lock, self.working, self.thread = threading.Event(), threading.Event(), threading.Event(), threading.Lock(), False, None
