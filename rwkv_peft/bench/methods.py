@@ -24,6 +24,7 @@ from .demo import demo_rows
 from .memory import saved_bytes
 from ..data.batches import collate
 from ..data.records import Dataset, read_data
+from ..kernels.heap import keep_heap
 from ..model.quant import quantize
 from ..model.rwkv import RWKV
 from ..peft.adapters import attach, trained_parameters
@@ -52,10 +53,10 @@ class Entry:
 
 # %% ../../nbs/bench/80_methods.ipynb #cdcdbc6d
 ENTRIES = {
-    "lora": Entry(lambda rows: LoRA(), 4e-3), "rslora": Entry(lambda rows: LoRA(rslora=True), 2e-3), "pissa": Entry(lambda rows: PiSSA(), 2e-3), "olora": Entry(lambda rows: OLoRA(), 2e-3),
-    "milora": Entry(lambda rows: MiLoRA(), 4e-3), "eva": Entry(lambda rows: EVA(batches=rows), 4e-3), "dora": Entry(lambda rows: DoRA(), 4e-3), "bone": Entry(lambda rows: Bone(r=16), 2e-3),
-    "miss": Entry(lambda rows: MiSS(r=16), 4e-3), "lora-nf4": Entry(lambda rows: LoRA(), 4e-3, "nf4"), "loftq-nf4": Entry(lambda rows: LoftQ(), 4e-3, "nf4"), "lisa": Entry(lambda rows: LISA(layers=2, every=5), 1e-3),
-    "state": Entry(lambda rows: StateTuning(), 5.0), "ln": Entry(lambda rows: Train("ln"), 1e-2), "full": Entry(lambda rows: Train("all"), 1e-3),
+    "lora": Entry(lambda rows: LoRA(), 1.6e-2), "rslora": Entry(lambda rows: LoRA(rslora=True), 8e-3), "pissa": Entry(lambda rows: PiSSA(), 8e-3), "olora": Entry(lambda rows: OLoRA(), 4e-3),
+    "milora": Entry(lambda rows: MiLoRA(), 1.6e-2), "eva": Entry(lambda rows: EVA(batches=rows), 1.6e-2), "dora": Entry(lambda rows: DoRA(), 1.6e-2), "bone": Entry(lambda rows: Bone(r=16), 8e-3),
+    "miss": Entry(lambda rows: MiSS(r=16), 8e-3), "lora-nf4": Entry(lambda rows: LoRA(), 1.6e-2, "nf4"), "loftq-nf4": Entry(lambda rows: LoftQ(), 1.6e-2, "nf4"), "lisa": Entry(lambda rows: LISA(layers=2, every=5), 4e-3),
+    "state": Entry(lambda rows: StateTuning(), 10.0), "ln": Entry(lambda rows: Train("ln"), 4e-2), "full": Entry(lambda rows: Train("all"), 2e-3),
 }
 
 # %% ../../nbs/bench/80_methods.ipynb #1e2499f5
@@ -112,18 +113,19 @@ def learn(model: torch.nn.Module, method, feed: Feed, steps: int, lr: float) -> 
     return losses, most
 
 # %% ../../nbs/bench/80_methods.ipynb #605b8bc3
-def run_method(name: str, lr: float, seed: int = 0, steps: int = 36, task: Task | None = None) -> dict:
-    "One run: losses on held-out rows and general prose before and after (of the unpacked base; None after a loss that is not finite), trained numbers, bytes, seconds. ValueError for an unknown name."
+def run_method(name: str, lr: float, seed: int = 0, steps: int = 24, task: Task | None = None) -> dict:
+    "One run: losses on held-out rows and general prose before and after (of the unpacked base; None after a loss that is not finite), trained numbers, bytes, processor seconds. ValueError for an unknown name."
     entry, task = entry_of(name), task or toy_task()
+    keep_heap()                     # as a training run does
     torch.manual_seed(seed)
-    began, feed = time.perf_counter(), Feed(task.train, 8, seed=seed)
+    began, feed = time.process_time(), Feed(task.train, 8, seed=seed)
     model, look = RWKV.load(task.model, device="cpu", dtype=torch.float32), [collate([task.train[i] for i in range(8 * k, 8 * k + 8)], range(8 * k, 8 * k + 8)) for k in range(2)]
     method = entry.make(look)
     quantize(attach(model, method), entry.quant)
-    started = time.perf_counter()
+    started = time.process_time()
     try: losses, moments = learn(model, method, feed, steps, lr)
     except ValueError: losses, moments = None, 0
-    ended, judged = time.perf_counter(), {part: evaluate(model, getattr(task, part), 16)["loss"] if losses else None for part in ("held_out", "general")}
+    ended, judged = time.process_time(), {part: evaluate(model, getattr(task, part), 16)["loss"] if losses else None for part in ("held_out", "general")}
     return {"method": name, "lr": lr, "seed": seed, "steps": steps, **judged, "numbers": sum(p.numel() for p in trained_parameters(model).values()),
             "bytes": train_bytes(model, look[0], moments), "prepare_s": round(started - began, 2), "seconds": round(ended - started, 2)}
 
@@ -161,7 +163,7 @@ def commit() -> str | None:
     except (OSError, NameError, subprocess.CalledProcessError): return None
 
 # %% ../../nbs/bench/80_methods.ipynb #a07c575c
-def bench_methods(names: list[str] | None = None, lrs: list[float] | None = None, seeds: list[int] = (0, 1, 2), steps: int = 36, file: str | Path | None = None, say: Callable = lambda line: None) -> dict:
+def bench_methods(names: list[str] | None = None, lrs: list[float] | None = None, seeds: list[int] = (0, 1, 2), steps: int = 24, file: str | Path | None = None, say: Callable = lambda line: None) -> dict:
     "Runs each of `names` (all) at each of `lrs` (the entry's three) from each of `seeds`, except what `file` holds already; `say` hears a line a run. Returns what `read_runs` does."
     task, chosen = toy_task(), [(name, lr) for name in names or ENTRIES for lr in lrs or entry_of(name).lrs]
     held = read_runs(file, task.facts) if file else {"facts": task.facts, "places": [], "before": None, "runs": []}
