@@ -22,10 +22,10 @@ from rwkv_peft.train.optim import make_optimizer, parameter_groups
 
 # name -> (method, over a storage and with batches to look at; learning rate; steps of 8 rows)
 METHODS = {
-    "lora": (lambda quant, rows: LoRA(), 1e-2, 6), "rslora": (lambda quant, rows: LoRA(rslora=True), 5e-3, 6), "pissa": (lambda quant, rows: PiSSA(), 5e-3, 6), "olora": (lambda quant, rows: OLoRA(), 2e-3, 6),
-    "milora": (lambda quant, rows: MiLoRA(), 1e-2, 6), "eva": (lambda quant, rows: EVA(batches=rows), 1e-2, 6), "loftq": (lambda quant, rows: LoftQ(rounds=1, kind="nf4" if quant == "none" else quant), 1e-2, 6),
-    "dora": (lambda quant, rows: DoRA(), 1e-2, 6), "bone": (lambda quant, rows: Bone(r=16), 5e-3, 6), "miss": (lambda quant, rows: MiSS(r=16), 1e-2, 6), "lisa": (lambda quant, rows: LISA(layers=2, every=4), 3e-3, 8),
-    "state": (lambda quant, rows: StateTuning(), 20.0, 10), "ln": (lambda quant, rows: Train("ln"), 2e-2, 8), "full": (lambda quant, rows: Train("all"), 2e-3, 6),
+    "lora": (lambda quant, rows: LoRA(), 1e-2, 4), "rslora": (lambda quant, rows: LoRA(rslora=True), 5e-3, 4), "pissa": (lambda quant, rows: PiSSA(), 5e-3, 4), "olora": (lambda quant, rows: OLoRA(), 2e-3, 4),
+    "milora": (lambda quant, rows: MiLoRA(), 1e-2, 4), "eva": (lambda quant, rows: EVA(batches=rows), 1e-2, 4), "loftq": (lambda quant, rows: LoftQ(rounds=1, kind="nf4" if quant == "none" else quant), 1e-2, 4),
+    "dora": (lambda quant, rows: DoRA(), 1e-2, 4), "bone": (lambda quant, rows: Bone(r=16), 5e-3, 4), "miss": (lambda quant, rows: MiSS(r=16), 1e-2, 4), "lisa": (lambda quant, rows: LISA(layers=2, every=3), 3e-3, 6),
+    "state": (lambda quant, rows: StateTuning(), 20.0, 6), "ln": (lambda quant, rows: Train("ln"), 2e-2, 5), "full": (lambda quant, rows: Train("all"), 2e-3, 4),
 }
 REFUSED = {      # method -> what quantize says: these train the matrices themselves
     "lisa": r"quant: blocks\.\d\.att\.receptance trains, and {} is for matrices that don't; leave it out of train_parts, or leave quant out",
@@ -48,19 +48,19 @@ def prints(model, names=None) -> dict[str, bytes]:
 
 @cache
 def rows() -> tuple[list, Dataset]:
-    "Ten batches of 8 short rows, and 24 held-out ones."
+    "Six batches of 8 short rows, and 16 held-out ones."
     train, held_out = read_data(demo_rows(), load().tokenizer).split(0.15)
-    short = sorted(range(len(train)), key=lambda i: len(train[i].tokens))[:80]
-    order = [short[i] for i in torch.randperm(80, generator=torch.Generator().manual_seed(0)).tolist()]
-    judges = sorted(held_out, key=lambda e: len(e.tokens))[:24]
-    return [collate([train[i] for i in order[k:k + 8]], order[k:k + 8]) for k in range(0, 80, 8)], Dataset(judges, train.tokenizer)
+    short = sorted(range(len(train)), key=lambda i: len(train[i].tokens))[:48]
+    order = [short[i] for i in torch.randperm(48, generator=torch.Generator().manual_seed(0)).tolist()]
+    judges = sorted(held_out, key=lambda e: len(e.tokens))[:16]
+    return [collate([train[i] for i in order[k:k + 8]], order[k:k + 8]) for k in range(0, 48, 8)], Dataset(judges, train.tokenizer)
 
 
 @cache
 def before(quant: str) -> tuple[float, dict[str, bytes]]:
     "Held-out loss of the base in this storage, and the hashes of its tensors."
     model = quantize(load().requires_grad_(False), quant)
-    return evaluate(model, rows()[1], 24)["loss"], prints(model)
+    return evaluate(model, rows()[1], 16)["loss"], prints(model)
 
 
 @cache
@@ -90,10 +90,12 @@ def learn(model, lr: float, steps: int):
 @trained
 def test_pair_learns_keeps_what_is_frozen_and_comes_off(name, quant):
     model, (_, lr, steps) = put(name, quant), METHODS[name]
+    evaluate(model, rows()[1][:1])      # DoRA refreshes the lengths of packed rows when it first sees them
+    assert all(block.att.key.storage is None if quant == "none" else block.ffn.value.storage is not None for block in model.blocks)
     whole = prints(model)
     learn(model, lr, steps)
     own = {*trained_parameters(model), *model.attached.weights}      # with LISA: every block that has had its turn
-    after, now = evaluate(model, rows()[1], 24)["loss"], prints(model)
+    after, now = evaluate(model, rows()[1], 16)["loss"], prints(model)
     base = min(before("none")[0], before(quant)[0])
     print(f"{name:8} {quant:5} {base:.3f} -> {after:.3f} ({after / base - 1:+.0%})")
     assert after < 0.92 * base
