@@ -258,7 +258,7 @@ def bench_memory(tokens: Annotated[list[int], typer.Option(min=1, help="may be g
 # %% ../nbs/99_cli.ipynb #898e8a92
 @bench_app.command("methods")
 def methods(method: Annotated[Optional[list[str]], typer.Option(help="may be given several times; all if left out")] = None,
-            lr: Annotated[Optional[list[float]], typer.Option(min=0, help="may be given several times; each method's own three if left out")] = None,
+            lr: Annotated[Optional[list[float]], typer.Option(min=0, help="may be given several times; each method's own four if left out")] = None,
             seed: Annotated[list[int], typer.Option(min=0, max=2 ** 32 - 1, help="may be given several times")] = [0, 1, 2],
             steps: Annotated[int, typer.Option(min=1, help="optimiser steps of a run, 8 rows each")] = 24,
             json: Annotated[Optional[Path], typer.Option("--json", metavar="FILE", help="written after every run; what it holds already is not run again", dir_okay=False)] = None):

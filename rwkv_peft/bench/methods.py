@@ -48,13 +48,13 @@ class BenchError(ValueError):
 # %% ../../nbs/bench/80_methods.ipynb #12a8bc16
 @dataclass(frozen=True)
 class Entry:
-    "One line of the comparison: how to make the method, given rows to look at; its middle learning rate; how the base is packed."
+    "One line of the comparison: how to make the method, given rows to look at; a learning rate that suits it here; how the base is packed. `lrs` are those it runs at."
     make: Callable
     lr: float
     quant: str = "none"
 
     @property
-    def lrs(self) -> list[float]: return [self.lr / 2, self.lr, self.lr * 2]
+    def lrs(self) -> list[float]: return [self.lr / 4, self.lr / 2, self.lr, self.lr * 2]
 
 # %% ../../nbs/bench/80_methods.ipynb #cdcdbc6d
 ENTRIES = {
@@ -169,7 +169,7 @@ def commit() -> str | None:
 
 # %% ../../nbs/bench/80_methods.ipynb #a07c575c
 def bench_methods(names: list[str] | None = None, lrs: list[float] | None = None, seeds: list[int] = (0, 1, 2), steps: int = 24, file: str | Path | None = None, say: Callable = lambda line: None) -> dict:
-    "Runs each of `names` (all) at each of `lrs` (the entry's three) from each of `seeds`, except what `file` holds already; `say` hears a line a run. Returns what `read_runs` does."
+    "Runs each of `names` (all) at each of `lrs` (the entry's four) from each of `seeds`, except what `file` holds already; `say` hears a line a run. Returns what `read_runs` does."
     task, chosen = toy_task(), [(name, lr) for name in names or ENTRIES for lr in lrs or entry_of(name).lrs]
     held = read_runs(file, task.facts) if file else {"facts": task.facts, "places": [], "before": None, "runs": []}
     key = lambda run: (run["method"], run["lr"], run["seed"], run["steps"])
