@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'bench_app', 'Words', 'Force', 'Type', 'Json', 'Figure', 'Check', 'Peers', 'literal', 'settings_of', 'main',
            'sentence', 'tune', 'plan', 'prompt_text', 'generate', 'dtype_of', 'merge', 'export', 'import_', 'demo',
-           'report', 'wkv', 'step', 'bench_generate', 'bench_memory']
+           'report', 'wkv', 'step', 'bench_generate', 'bench_memory', 'methods']
 
 # %% ../nbs/99_cli.ipynb #9867d975
 from contextlib import redirect_stdout
@@ -255,3 +255,15 @@ def bench_memory(tokens: Annotated[list[int], typer.Option(min=1, help="may be g
     result = bench_memory(lengths=tokens, small=small)
     print(memory_table(result))
     report("memory", {"memory": result}, memory_figures(result), json, figure, check)
+
+# %% ../nbs/99_cli.ipynb #898e8a92
+@bench_app.command("methods")
+def methods(method: Annotated[Optional[list[str]], typer.Option(help="may be given several times; all if left out")] = None,
+            lr: Annotated[Optional[list[float]], typer.Option(min=0, help="may be given several times; each method's own four if left out")] = None,
+            seed: Annotated[list[int], typer.Option(min=0, max=2 ** 32 - 1, help="may be given several times")] = [0, 1, 2],
+            steps: Annotated[int, typer.Option(min=1, help="optimiser steps of a run, 8 rows each")] = 24,
+            json: Annotated[Optional[Path], typer.Option("--json", metavar="FILE", help="written after every run; what it holds already is not run again", dir_okay=False)] = None):
+    "All methods over the same rows: what each learns, forgets and costs. Ctrl-C loses one run."
+    from rwkv_peft.bench.methods import bench_methods, methods_table
+    with redirect_stdout(sys.stderr): result = bench_methods(method or None, lr or None, seed, steps, json, say=lambda line: print(line, flush=True))
+    print(methods_table(result))
