@@ -102,6 +102,18 @@ def test_refusals():
     with pytest.raises(ValueError, match="128"): cuda._prepare([torch.zeros(1, 1, 1, 130)] * 6, [None, None], None, "cpu")
 
 
+@pytest.mark.parametrize("version", ["5.2", "6", "7"])
+def test_a_packed_model_is_separate(host, monkeypatch, version):
+    "Documents in a row on the cuda backend, token shift and tuned states included."
+    import test_packing
+    from rwkv_peft.kernels import wkv
+    monkeypatch.setattr(cuda._prepare, "__defaults__", ("cpu",))
+    monkeypatch.setattr(wkv, "choose", lambda backend, *inputs: backend)
+    model = test_packing.tiny(version, torch.float32)
+    model.backend = "cuda"
+    assert test_packing.distance(model, *test_packing.rows(), test_packing.CUTS) < 2e-4
+
+
 def test_nvcc_compiles_for_three_gpus(tmp_path):
     compiler = cuda.nvcc_path()
     assert compiler, "nvcc is missing: install the CUDA toolkit's compiler"

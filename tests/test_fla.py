@@ -47,6 +47,31 @@ def measure(version, shape, decay, begin, cuts):
     return {n: float((x.detach().double() - t.detach()).norm() / t.detach().norm().clamp_min(1e-30)) for n, x, t in zip([*NAMES[version][:2], *there], ours, truth)}
 
 
+def packed_model(version):
+    "How far three documents in a row are from each alone in a model of one layer on the fla backend, token shift and a tuned state included."
+    import test_packing
+    from rwkv_peft.kernels import wkv
+    from rwkv_peft.model.rwkv import RWKV, RWKVConfig
+    wkv.choose = lambda backend, *inputs: backend
+    torch.manual_seed(1)
+    model = RWKV(RWKVConfig(version, n_layer=1, n_embd=32, head_size=32, vocab_size=17, **test_packing.RANKS[version]))
+    with torch.no_grad():
+        for p in model.parameters(): p += .2 * torch.randn_like(p)
+    model.blocks[0].att.time_state, model.backend = torch.nn.Parameter(.5 * torch.randn(1, 32, 32)), "fla"
+    cuts, (tokens, targets) = [[0, 1, 18, 33]], torch.randint(17, (2, 1, 33)).unbind(0)
+    resets = torch.zeros(1, 33, dtype=torch.bool)
+    resets[0, cuts[0][:-1]] = True
+    return test_packing.distance(model, tokens, targets, torch.rand(1, 33), resets, cuts)
+
+
+@pytest.mark.parametrize("version", ["6", "7"])
+def test_a_packed_model_is_separate(version):
+    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import triton_interpreter, test_fla; print(test_fla.packed_model({version!r}))"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert float(ran.stdout.splitlines()[-1]) < 2e-4
+
+
 @pytest.fixture(scope="module")
 def distances():
     "All cases in one process, which has the interpreter instead of a GPU."

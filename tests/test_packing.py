@@ -27,6 +27,20 @@ def rows():
     return tokens, targets, weights, resets
 
 
+def both(model, tokens, targets, weights, resets, cuts):
+    "The loss of the documents in their rows, and the sum of each one's alone."
+    packed, _ = model(tokens, targets=targets, weights=weights, resets=resets)
+    return packed, sum(model(tokens[i:i + 1, a:b], targets=targets[i:i + 1, a:b], weights=weights[i:i + 1, a:b])[0] for i, row in enumerate(cuts) for a, b in zip(row, row[1:]))
+
+
+def distance(model, tokens, targets, weights, resets, cuts):
+    "How far packed documents are from separate ones: relative, in the loss and in the gradient of every tensor."
+    named = dict(model.named_parameters())
+    packed, alone = both(model, tokens, targets, weights, resets, cuts)
+    ours, theirs = gradients(packed, named), gradients(alone, named)
+    return max((abs(packed - alone) / alone).item(), *(((ours[n] - theirs[n]).norm() / (theirs[n].norm() + 1e-9)).item() for n in named))
+
+
 def gradients(loss, named): return dict(zip(named, torch.autograd.grad(loss, list(named.values()))))
 
 
@@ -46,8 +60,7 @@ def test_packed_is_separate(version, backend, method):
     model.backend, named = backend, {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert any(n.endswith("time_state") for n in named)
     tokens, targets, weights, resets = rows()
-    packed, _ = model(tokens, targets=targets, weights=weights.to(dtype), resets=resets)
-    alone = sum(model(tokens[i:i + 1, a:b], targets=targets[i:i + 1, a:b], weights=weights[i:i + 1, a:b].to(dtype))[0] for i, cuts in enumerate(CUTS) for a, b in zip(cuts, cuts[1:]))
+    packed, alone = both(model, tokens, targets, weights.to(dtype), resets, CUTS)
     assert abs(packed - alone) < bar * alone
     ours, theirs = gradients(packed, named), gradients(alone, named)
     for name in named: assert (ours[name] - theirs[name]).norm() <= bar * theirs[name].norm() + 1e-9, name
