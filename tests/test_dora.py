@@ -13,41 +13,7 @@ from rwkv_peft.peft.adapters import attach, detach, trained_parameters
 from rwkv_peft.peft.lora import LoRA, MethodError, dropout_mask, find_linears, linears
 from rwkv_peft.peft.magnitude import DoRA, DoRAAdapter, DoRAProduct, row_lengths
 from rwkv_peft.peft.parts import Train
-
-SIZES = dict(n_layer=3, n_embd=32, head_size=8, vocab_size=31, dim_ffn=80, w_rank=4, a_rank=4, v_rank=4, g_rank=8)
-
-
-def new_model(seed=0, dtype=torch.float32):
-    torch.manual_seed(seed)
-    model = RWKV(RWKVConfig(**SIZES))
-    with torch.no_grad():
-        for p in model.parameters(): p.add_(0.15 * torch.randn_like(p))
-        model.emb.weight.normal_()
-    return model.to(dtype)
-
-
-def rows(seed=1): return torch.randint(31, (2, 17), generator=torch.Generator().manual_seed(seed))
-
-
-def loss_of(model, x): return model(x[:, :-1], targets=x[:, 1:])[0]
-
-
-def stir(model, scale=0.05):
-    torch.manual_seed(5)
-    with torch.no_grad():
-        for p in trained_parameters(model).values(): p.add_(scale * torch.randn_like(p))
-    return model
-
-
-def steps(model, n, lr=1e-2):
-    optimiser = torch.optim.AdamW(trained_parameters(model).values(), lr=lr)
-    for i in range(n):
-        optimiser.zero_grad()
-        loss_of(model, rows(seed=i)).backward()
-        optimiser.step()
-
-
-def rel(a, b): return ((a - b).norm() / b.norm()).item()
+from small import SIZES, loss_of, new_model, rel, rows, steps, stir
 
 
 def literal(x, W, A, B, m, s, mask=1.0):
@@ -194,7 +160,7 @@ def test_lengths_survive_double_and_a_move():
 
 
 def hugging_faces(r, alpha, targets=None, dtype=torch.float32):
-    peft = pytest.importorskip("peft")
+    import peft
     model = new_model(dtype=dtype)
     theirs = peft.get_peft_model(model, peft.LoraConfig(r=r, lora_alpha=alpha, use_dora=True, target_modules=targets or sorted(linears(model).keys() - {"head"})))
     return theirs, {n: m for n, m in theirs.base_model.model.named_modules() if hasattr(m, "lora_A")}
@@ -222,7 +188,7 @@ def test_dora_equals_hugging_face_in_output_gradients_and_after_steps(r, alpha):
 
 
 def test_dora_equals_hugging_face_in_bfloat16_within_rounding():
-    peft = pytest.importorskip("peft")
+    import peft
     ours, x = layer_with(75, 48, 4, 1.0), torch.randn(64, 75)
     ours.weight.data = ours.weight.data.bfloat16()
     net = torch.nn.Sequential(torch.nn.Linear(75, 48, bias=False)).bfloat16()
@@ -249,9 +215,9 @@ def test_dora_equals_hugging_face_in_bfloat16_within_rounding():
 def test_twenty_steps_learn_leave_the_base_alone_and_come_off_without_a_trace():
     model, before = attach(new_model(), DoRA(r=4)), {n: p.clone() for n, p in new_model().named_parameters()}
     assert rel(model(rows())[0], new_model()(rows())[0]) < 1e-6
-    start, m = loss_of(model, rows(0)).item(), model.blocks[1].att.key.adapter.m.detach().clone()
+    start, m = loss_of(model, rows(seed=0)).item(), model.blocks[1].att.key.adapter.m.detach().clone()
     steps(model, 20)
-    assert loss_of(model, rows(0)).item() < 0.9 * start and not torch.equal(m, model.blocks[1].att.key.adapter.m)
+    assert loss_of(model, rows(seed=0)).item() < 0.9 * start and not torch.equal(m, model.blocks[1].att.key.adapter.m)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if ".adapter." not in n)
     assert trained_parameters(model).keys() == {f"{n}.adapter.{p}" for n in find_linears(model) for p in "ABm"}
     detach(model)

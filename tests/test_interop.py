@@ -20,7 +20,7 @@ from rwkv_peft.peft.parts import Train
 from rwkv_peft.peft.shards import Bone, MiSS
 from rwkv_peft.peft.state_tuning import StateTuning
 
-hf = pytest.importorskip("peft")
+import peft as hf
 
 SIZES = dict(n_layer=2, n_embd=64, head_size=16, vocab_size=31, dim_ffn=128)
 LOW = dict(w_rank=4, a_rank=4, v_rank=4, g_rank=8)

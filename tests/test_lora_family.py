@@ -16,31 +16,12 @@ from rwkv_peft.peft.inits import EVA, Directions, LoftQ, MiLoRA, OLoRA, PiSSA, S
 from rwkv_peft.peft.lora import LoRA, LoRAAdapter, LoRAProduct, MethodError, dropout_mask, find_linears, linears
 from rwkv_peft.train.config import ConfigError
 from rwkv_peft.train.optim import default_lr, make_optimizer, method_of
+from small import SIZES, loss_of, new_model, rel, rows, stir
 
-SIZES = dict(n_layer=3, n_embd=32, head_size=8, vocab_size=31, dim_ffn=80, w_rank=4, a_rank=4, v_rank=4, g_rank=8)
 REWRITING = [PiSSA, OLoRA, MiLoRA]
 
 
-def new_model(seed=0, dtype=torch.float32):
-    "A small model whose every tensor is random and not zero."
-    torch.manual_seed(seed)
-    model = RWKV(RWKVConfig(**SIZES))
-    with torch.no_grad():
-        for p in model.parameters(): p.add_(0.15 * torch.randn_like(p))
-        model.emb.weight.normal_()
-    return model.to(dtype)
-
-
-def rows(batch=2, length=17, seed=1): return torch.randint(31, (batch, length), generator=torch.Generator().manual_seed(seed))
-def loss_of(model, x, **kwargs): return model(x[:, :-1], targets=x[:, 1:], **kwargs)[0]
-def rel(a, b): return ((a.double() - b.double()).norm() / b.double().norm()).item()
 def weights(model): return {n: m.dense().clone() for n, m in linears(model).items()}
-
-
-def stir(model, scale=0.05):
-    torch.manual_seed(5)
-    with torch.no_grad():
-        for p in trained_parameters(model).values(): p.add_(scale * torch.randn_like(p))
 
 
 def decaying(o, i, power=-0.5, seed=0):
@@ -54,7 +35,7 @@ def decaying(o, i, power=-0.5, seed=0):
 def rounded(W, kind):
     "A four-bit format of bitsandbytes, or int8 by rows: the matrix that a packed one stands for."
     if kind == "int8": return quant.Int8(W).dense()
-    bnb = pytest.importorskip("bitsandbytes")
+    import bitsandbytes as bnb
     packed, state = bnb.functional.quantize_4bit(W.contiguous(), quant_type=kind)
     return bnb.functional.dequantize_4bit(packed, state)
 
@@ -254,7 +235,7 @@ def test_merged_equals_attached_and_the_plain_pair_says_the_same_on_the_untouche
 
 
 def theirs(model, r, alpha, **kwargs):
-    peft = pytest.importorskip("peft")
+    import peft
     names = sorted(find_linears(model))
     return peft.get_peft_model(model, peft.LoraConfig(r=r, lora_alpha=alpha, target_modules=names, **kwargs))
 
@@ -280,7 +261,7 @@ def test_starts_equal_hugging_face_in_output_and_gradients(method, init):
 
 @pytest.mark.parametrize("kind, init", [(LoRA, True), (PiSSA, "pissa"), (OLoRA, "olora")])
 def test_one_matrix_in_bfloat16_equals_hugging_face_within_rounding(kind, init):
-    peft = pytest.importorskip("peft")
+    import peft
     W = new_model().blocks[1].ffn.key.weight.detach().bfloat16()
     base, their = Linear(32, 80, dtype=torch.bfloat16), torch.nn.Linear(32, 80, bias=False, dtype=torch.bfloat16)
     for m in (base, their): m.weight.data.copy_(W)
@@ -320,7 +301,7 @@ class Tokens(dict):
 
 
 def test_eva_equals_hugging_face_in_directions_ranks_and_output():
-    peft = pytest.importorskip("peft")
+    import peft
     x, batches = rows(), [rows(6, 40, seed=s) for s in range(3)]
     ours = attach(new_model(), EVA(r=4, alpha=8, batches=batches))
     hf = theirs(new_model(), 4, 8, init_lora_weights="eva", eva_config=peft.EvaConfig(rho=2.0, tau=0.0))
@@ -340,7 +321,7 @@ def test_eva_equals_hugging_face_in_directions_ranks_and_output():
 
 
 def test_directions_equal_hugging_faces_incremental_pca_and_the_whole():
-    pca = pytest.importorskip("peft.utils.incremental_pca")
+    from peft.utils import incremental_pca as pca
     torch.manual_seed(0)
     X = torch.randn(300, 40).double() * 0.8 ** torch.arange(40) + torch.linspace(0, 4, 300)[:, None] * torch.randn(40)
     ours, hf = Directions(5), pca.IncrementalPCA(n_components=5)

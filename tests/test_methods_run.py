@@ -136,7 +136,7 @@ def test_a_method_that_changes_W_comes_off_the_object_of_a_stopped_run(tmp_path)
 
 
 def test_a_configuration_of_hugging_face_trains_is_saved_and_resumed(tmp_path):
-    hf_peft = pytest.importorskip("peft")
+    import peft as hf_peft
     method = hf_peft.OFTConfig(oft_block_size=4, target_modules=["att.key", "ffn.value"])
     told = settings(tmp_path, method, max_steps=4, save_steps=2, eval_steps=4, early_stop=0)
     whole = finetune(**told | {"name": "whole"}).fit()

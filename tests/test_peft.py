@@ -13,42 +13,7 @@ from rwkv_peft.peft.adapters import attach, detach, merge, trained_parameters
 from rwkv_peft.peft.lora import LoRA, LoRAAdapter, LoRAProduct, dropout_mask, find_linears, linears
 from rwkv_peft.peft.parts import Train
 from rwkv_peft.peft.state_tuning import StateTuning
-
-SIZES = dict(n_layer=3, n_embd=32, head_size=8, vocab_size=31, dim_ffn=80, w_rank=4, a_rank=4, v_rank=4, g_rank=8)
-
-
-def new_model(seed=0, dtype=torch.float32):
-    "A small model whose every tensor is random and not zero."
-    torch.manual_seed(seed)
-    model = RWKV(RWKVConfig(**SIZES))
-    with torch.no_grad():
-        for p in model.parameters(): p.add_(0.15 * torch.randn_like(p))
-        model.emb.weight.normal_()
-    return model.to(dtype)
-
-
-def rows(batch=2, length=17, seed=1): return torch.randint(31, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
-def loss_of(model, x, **kwargs): return model(x[:, :-1], targets=x[:, 1:], **kwargs)[0]
-
-
-def stir(model, scale=0.05):
-    "Gives every trained tensor a value of its own, so that a mistake in any of them shows."
-    torch.manual_seed(5)
-    with torch.no_grad():
-        for p in trained_parameters(model).values(): p.add_(scale * torch.randn_like(p))
-
-
-def steps(model, n=3, lr=1e-2):
-    optimiser = torch.optim.AdamW(trained_parameters(model).values(), lr=lr, weight_decay=0.1)
-    for i in range(n):
-        optimiser.zero_grad()
-        loss_of(model, rows(seed=i)).backward()
-        optimiser.step()
-
-
-def rel(a, b): return ((a - b).norm() / b.norm()).item()
+from small import SIZES, loss_of, new_model, rel, rows, steps, stir
 
 
 # ---- LoRA
@@ -126,7 +91,7 @@ def test_masters_stay_fp32_over_a_bfloat16_base():
 
 
 def test_lora_equals_hugging_face_in_output_gradients_and_after_steps():
-    peft = pytest.importorskip("peft")
+    import peft
     x, ours = rows(), attach(new_model(), LoRA(r=4, alpha=6))
     config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=sorted(linears(ours).keys() - {"head"}))
     theirs = peft.get_peft_model(new_model(), config)

@@ -14,43 +14,10 @@ from rwkv_peft.peft.adapters import attach, detach, trained_parameters
 from rwkv_peft.peft.lora import LoRA, LoRAProduct, MethodError, find_linears, linears
 from rwkv_peft.peft.parts import Train
 from rwkv_peft.peft.shards import Bat, Bone, BoneAdapter, BoneProduct, MiSS, MiSSAdapter, MiSSProduct, add_to_shards, seed_method, shard_sum
+from small import SIZES, loss_of, new_model, rel, rows, steps, stir
 
-SIZES = dict(n_layer=3, n_embd=32, head_size=8, vocab_size=31, dim_ffn=80, w_rank=4, a_rank=4, v_rank=4, g_rank=8)
 METHODS = [MiSS(r=8), MiSS(r=7), Bone(r=8)]
 named = dict(ids=lambda m: f"{type(m).__name__}{m.r}" if isinstance(m, (MiSS, Bone)) else None)
-
-
-def new_model(seed=0, dtype=torch.float32):
-    torch.manual_seed(seed)
-    model = RWKV(RWKVConfig(**SIZES))
-    with torch.no_grad():
-        for p in model.parameters(): p.add_(0.15 * torch.randn_like(p))
-        model.emb.weight.normal_()
-    return model.to(dtype)
-
-
-def rows(seed=1): return torch.randint(31, (2, 17), generator=torch.Generator().manual_seed(seed))
-
-
-def loss_of(model, x): return model(x[:, :-1], targets=x[:, 1:])[0]
-
-
-def stir(model, scale=0.05):
-    torch.manual_seed(5)
-    with torch.no_grad():
-        for p in trained_parameters(model).values(): p.add_(scale * torch.randn_like(p))
-    return model
-
-
-def steps(model, n, lr=1e-2):
-    optimiser = torch.optim.AdamW(trained_parameters(model).values(), lr=lr)
-    for i in range(n):
-        optimiser.zero_grad()
-        loss_of(model, rows(seed=i)).backward()
-        optimiser.step()
-
-
-def rel(a, b): return ((a - b).norm() / b.norm()).item()
 
 
 def miss_matrix(W, D):
@@ -167,7 +134,7 @@ def test_the_plain_pair_does_in_a_lora_adapter_what_miss_did():
 
 
 def hugging_faces(r, init=True, dtype=torch.float32, targets=None, **kwargs):
-    peft = pytest.importorskip("peft")
+    import peft
     model = new_model(dtype=dtype)
     theirs = peft.get_peft_model(model, peft.MissConfig(r=r, init_weights=init, target_modules=targets or sorted(linears(model).keys() - {"head"})), **kwargs)
     return theirs, {n: m.miss_block["default"] for n, m in theirs.base_model.model.named_modules() if hasattr(m, "miss_block")}
@@ -194,7 +161,7 @@ def test_miss_equals_hugging_face_in_output_gradients_and_after_steps(r):
 
 def test_miss_equals_hugging_face_in_bfloat16_within_rounding():
     torch.manual_seed(0)
-    peft = pytest.importorskip("peft")
+    import peft
     model = torch.nn.Sequential(Linear(75, 48)).requires_grad_(False)
     W, x = model[0].weight.clone(), torch.randn(64, 75)
     theirs = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(75, 48, bias=False)).bfloat16(), peft.MissConfig(r=8, target_modules=["0"]))
@@ -234,9 +201,9 @@ def test_bone_is_not_hugging_faces_bat():
 def test_twenty_steps_learn_leave_the_base_alone_and_come_off_without_a_trace(method):
     model, before = attach(new_model(), method), {n: p.clone() for n, p in new_model().named_parameters()}
     assert torch.equal(model(rows())[0], new_model()(rows())[0])      # nothing learnt, nothing changed
-    start = loss_of(model, rows(0)).item()
+    start = loss_of(model, rows(seed=0)).item()
     steps(model, 20)
-    assert loss_of(model, rows(0)).item() < 0.9 * start
+    assert loss_of(model, rows(seed=0)).item() < 0.9 * start
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if ".adapter." not in n)
     assert trained_parameters(model).keys() == {f"{n}.adapter.D" for n in find_linears(model)} and not any(torch.equal(p, torch.zeros_like(p)) for p in trained_parameters(model).values())
     detach(model)

@@ -122,7 +122,9 @@ class PiSSA(LoRA):
 # %% ../../nbs/peft/20_inits.ipynb #087d745b
 @dataclass
 class LoftQ(LoRA):
-    "LoRA that starts from what packing W as `kind` loses (arXiv 2310.08659). `quantize(model, kind)` after `attach` packs W as the matrix that the pair was fitted to."
+    """LoRA that starts from what packing W as `kind` loses (arXiv 2310.08659). `quantize(model, kind)` after `attach` packs W as the matrix that the pair was fitted to.
+
+    As a plain LoRA (`plain`, and the files for other programs) it is meant for a base packed in the same way: over the dense one it starts off by a part of what packing loses."""
     rounds: int = 5             # times that packing and fitting alternate
     kind: str = "nf4"           # format of the packed base: int8, nf4, fp4
     rewrites = True
