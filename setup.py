@@ -38,7 +38,7 @@ class Optional(build_ext):
 def native() -> list[Extension]:
     "kernels/*.cpp once per x86-64 instruction set; the right one is picked when it is first used. Plain C functions for ctypes, so no Python or torch header is needed."
     if sys.platform != "linux" or platform.machine().lower() not in ("x86_64", "amd64") or sys.maxsize < 2**32: return []
-    flags = "-std=gnu++17 -O3 -g0 -fno-math-errno -fno-trapping-math -Wno-psabi -w".split()
+    flags = "-std=gnu++17 -O3 -g0 -fno-exceptions -fno-math-errno -fno-trapping-math -Wno-psabi -w".split()
     sets = {"base": [], "avx2": "-mavx2 -mfma".split(),
             "avx512": "-mavx2 -mfma -mavx512f -mavx512dq -mavx512bw -mavx512vl -mprefer-vector-width=512".split()}
     sources = sorted(map(str, Path("kernels").glob("*.cpp")))
