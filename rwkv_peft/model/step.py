@@ -81,7 +81,7 @@ def fits_step(model: nn.Module, tokens: Tensor, state: State | None) -> bool:
 def step(model: RWKV, tokens: Tensor, state: State) -> tuple[Tensor, State] | None:
     "`model.hidden` for one token a row, (B, 1) -> (what the head reads (B, 1, C), the new state), in one C++ call; None where it can't be (`fits_step`). `state` isn't changed."
     if not fits_step(model, tokens, state): return None
-    layers = layers_of(model)
+    layers = _seen[model]                                                       # as `fits_step` has just found them
     x, old = model.blocks[0].ln0(model.emb(tokens))[:, 0].contiguous(), [part.contiguous() for part in (state.att_shift, state.wkv, state.ffn_shift)]
     new, v_first = [torch.empty_like(part) for part in old], torch.empty_like(x)
     call("step7", len(model.blocks), *x.shape, layers.head_size, layers.dim_ffn, layers.ranks, torch.get_num_threads(), layers.table, x, v_first, *old, *new)
