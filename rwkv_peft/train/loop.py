@@ -37,15 +37,15 @@ from .config import Config, ConfigError, recorded
 from .evaluate import evaluate, trained_bytes
 from .events import EventLog, event, read_events, timeline
 from .folder import OwnRandomness, checkpoints, folder_of, holds_run, load_checkpoint, load_config, load_rows, prune, save_changes, save_checkpoint, save_config, save_rows
-from .loss import accumulate, on_device, trained_tokens
-from .optim import default_lr, lorafa_groups, lr_at, make_optimizer, methods_of, parameter_groups, set_lr
+from .loss import accumulate, on_device, over_ranks, penalty_of, trained_tokens
+from .optim import default_lr, lorafa_groups, lr_at, make_optimizer, methods_of, moment_bytes, optimizer_groups, set_lr, update_of
 
 # %% auto #0
 __all__ = ['TrainingError', 'Feed', 'patient', 'accelerator_on', 'read_rows_of', 'load_base', 'settle', 'plain_words',
            'take_step', 'turn', 'peak_memory', 'not_finite', 'examine', 'speak', 'keep', 'put_back', 'starts_of',
            'go_on', 'finish', 'save_results', 'train', 'halt', 'prepare', 'left_by', 'take_off', 'check_same',
-           'make_trainable', 'look_at_rows', 'save_looked_at', 'begin', 'find_rate', 'plan_of', 'report_of', 'Run',
-           'events_of', 'last_words', 'finetune']
+           'make_trainable', 'look_at_rows', 'save_looked_at', 'begin', 'said_of_pages', 'find_rate', 'plan_of',
+           'report_of', 'Run', 'events_of', 'last_words', 'finetune']
 
 # %% ../../nbs/train/70_loop.ipynb #d54764fe
 class TrainingError(RuntimeError):
@@ -154,9 +154,10 @@ def take_step(run: Run) -> dict:
     taken, lr = run.feed.take(left), lr_at(run.step, s.steps, s.lr_init, s.lr_final, run.config.lr_schedule, s.warmup_steps)
     set_lr(run.optimizer, lr)
     with run.random:
-        sums = accumulate(run.model, taken, run.accelerator.backward)
+        total = over_ranks(run.accelerator, trained_tokens(taken))
+        sums = accumulate(run.model, taken, run.accelerator.backward, total, run.accelerator.num_processes, **penalty_of(run.config))
     norm = run.accelerator.clip_grad_norm_(run.trained.values(), run.config.grad_clip or math.inf).item()
-    loss = sums.double().sum().item() / trained_tokens(taken)
+    loss = over_ranks(run.accelerator, sums.double().sum().item()) / total
     if not (math.isfinite(loss) and math.isfinite(norm)): raise not_finite(run, taken, loss, norm)
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
@@ -170,7 +171,7 @@ def take_step(run: Run) -> dict:
 def turn(run: Run):
     "Asks the methods whose tensors take turns (those with a `redraw`) which train in the coming step; when they are others, the optimiser gets them and frees what it kept of the frozen ones."
     turning = [m.redraw(run.model, run.step, run.config.seed) for m in run.methods if hasattr(m, "redraw")]
-    if any(turning): refit(run.optimizer, parameter_groups(trained_parameters(run.model).items(), run.config.weight_decay))
+    if any(turning): refit(run.optimizer, optimizer_groups(trained_parameters(run.model).items(), **update_of(run.config), model=run.model))
 
 # %% ../../nbs/train/70_loop.ipynb #6ab76d44
 def peak_memory(device: torch.device) -> int | None:
@@ -449,17 +450,25 @@ def begin(run: Run) -> Iterator[dict]:
     run.accelerator = accelerator_on(run.device)
     if run.device.type == "cpu": keep_heap()
     named = run.trained if run.config.optim == "lorafa" else trained_parameters(run.model)
-    optimizer = make_optimizer(named.items(), s.lr_init, run.config.weight_decay, run.config.optim, run.config.loraplus_lr_ratio, run.model)
+    optimizer = make_optimizer(named.items(), s.lr_init, **update_of(run.config), model=run.model)
     run.model, run.optimizer = run.accelerator.prepare(run.model, optimizer, device_placement=[False, False])
     run.feed = Feed(run.data, s.micro_bsz, run.config.dataload, run.config.seed)
     if resuming: go_on(run)
     told = {k: recorded(v) for k, v in {**run.config.given, "name": run.folder.name, **vars(s)}.items() if v is not None}
     yield run.say("start", config=told, versions=_versions(), plan=run.plan(), data=dict(run.data.report(s.micro_bsz)), folder=str(run.folder))
     if resuming: yield run.say("resumed", step=run.step)
+    for word in said_of_pages(run): yield run.say("warning", message=word)
     for word in run.told if not resuming else (): yield run.say("warning", message=word)
     if not resuming and len(run.methods) > 1 and run.config.lr_init is None and any(n.endswith(".time_state") for n in run.trained):
         yield run.say("warning", message=f"the state is tuned at the same rate as the rest, {s.lr_init:g}, and may want a much higher one; set lr_init, or tune one after the other")
     if not resuming and run.held_out is None: yield run.say("warning", message="no rows are held out, so nothing tells whether the model gets better on rows that it has not seen, and the last weights are kept; set eval_split or eval_data")
+
+# %% ../../nbs/train/70_loop.ipynb #7597fc35
+def said_of_pages(run: Run) -> list[str]:
+    "What there is to say of 'paged_adamw8bit' where its moments are not in pages."
+    if run.config.optim != "paged_adamw8bit": return []
+    if run.device.type != "cuda": return [f"optim: pages are for GPUs; on {run.device.type} 'paged_adamw8bit' is 'adamw8bit'"]
+    return ["optim: moments from a checkpoint lie in the GPU's memory, not in pages"] if run.config.resume and run.step else []
 
 # %% ../../nbs/train/70_loop.ipynb #f2fc00c3
 def find_rate(run: Run):
@@ -488,7 +497,7 @@ def plan_of(run: Run) -> dict:
             "rows": len(run.data), "held_out_rows": len(run.held_out or ()), "tokens_per_epoch": sum(run.lengths), "trained_tokens_per_epoch": sum(e.trained for e in run.data),
             "micro_bsz": s.micro_bsz, "accumulate": s.accumulate, "rows_per_step": per_step, "steps": s.steps, "epochs": round(s.steps * s.accumulate * s.micro_bsz / len(run.data), 3) if s.batches is None else run.config.epochs or 1,
             "lr_init": s.lr_init, "lr_final": s.lr_final, "warmup_steps": s.warmup_steps, "eval_steps": s.eval_steps, "save_steps": s.save_steps,
-            "estimate": {"weights_bytes": sum(p.numel() * p.element_size() for p in held), "gradient_bytes": 4 * trained, "optimiser_bytes": 8 * trained, "how": "by formula; activations come on top"},
+            "estimate": {"weights_bytes": sum(p.numel() * p.element_size() for p in held), "gradient_bytes": 4 * trained, "optimiser_bytes": moment_bytes(run.trained.items(), run.config.optim), "how": "by formula; activations come on top"},
             "device": str(run.device), "precision": str(next(model.parameters()).dtype).removeprefix("torch."), "folder": str(run.folder)}
 
 # %% ../../nbs/train/70_loop.ipynb #0898ab81
