@@ -14,10 +14,12 @@ from rwkv_peft.data.records import read_data
 from rwkv_peft.kernels.cross_entropy import head_cross_entropy, linear_cross_entropy
 from rwkv_peft.model.quant import storage_of
 from rwkv_peft.model.tokenizer import Bytes
+from rwkv_peft.peft.adapters import attach, trained_parameters
+from rwkv_peft.peft.state_tuning import StateTuning
 from rwkv_peft.train.config import Config, ConfigError
 from rwkv_peft.train.events import timeline
-from rwkv_peft.train.loop import finetune
-from rwkv_peft.train.loss import accumulate, trained_tokens
+from rwkv_peft.train.loop import Run, finetune
+from rwkv_peft.train.loss import LossScale, accumulate, trained_tokens
 
 torch.set_num_threads(1)
 PENALTIES = [{}, {"l2wrap": .2}, {"z_loss": .2}]
@@ -180,6 +182,60 @@ def test_two_processes_have_the_same_gradient(tmp_path):
             assert rel(got, truth(penalty)) < bar, (dtype, penalty)
             model = small(torch.float64)
             assert abs(loss - accumulate(model, split(4), **penalty).item() / trained_tokens(split(4))) < 10 * bar
+
+
+# --- float16 ------------------------------------------------------------------------------------------------------------------
+
+def test_what_is_scaled_is_not_lost():
+    "Half a million tokens in a step: without a factor most of the gradient underflows, with one it is float32's up to rounding."
+    exact = new_model().requires_grad_(False)
+    half = new_model().half().requires_grad_(False)
+    batch = next(batches_of(31))
+    for model in (exact, half): attach(model, StateTuning())
+    find = lambda model, scale: (model.zero_grad(), accumulate(model, [batch], total=5e5, scale=scale), torch.cat([p.grad.flatten() for p in trained_parameters(model).values()]).double() / scale)[-1]
+    truth = find(exact, 1.)
+    assert rel(find(half, 2. ** 16), truth) < .02 < .1 < rel(find(half, 1.), truth)
+
+
+def batches_of(vocabulary):
+    from types import SimpleNamespace
+    tokens = torch.randint(vocabulary, (3, 18), generator=torch.Generator().manual_seed(0))
+    yield SimpleNamespace(tokens=tokens[:, :-1], targets=tokens[:, 1:], weights=torch.ones(3, 17), resets=None)
+
+
+def test_the_factor_moves():
+    scale = LossScale(torch.float16)
+    assert scale.factor == 65536 and not scale.holds(float("inf")) and scale.factor == 32768 and scale.holds(1.)
+    assert all(scale.holds(1.) for _ in range(1998)) and scale.factor == 32768 and scale.holds(1.) and scale.factor == 65536
+    for _ in range(16): assert not scale.holds(float("nan"))
+    assert scale.factor == 1 and scale.holds(float("nan")) and scale.factor == 1      # the rows are to blame, not the factor
+    p = nn.Parameter(torch.ones(3))
+    p.grad = torch.full((3,), 4.)
+    scale = LossScale(torch.float16)
+    scale.undo([p, nn.Parameter(torch.ones(1))])
+    assert torch.equal(p.grad, torch.full((3,), 2. ** -14))
+    other = LossScale(torch.bfloat16)
+    assert other.factor == 1 and other.holds(float("nan")) and other.factor == 1
+
+
+def test_a_float16_run_follows_float32_and_goes_on(tmp_path):
+    "From a factor that must overflow: the same rows are tried again, losses stay near float32's, the factor is kept with a checkpoint."
+    settings = {"peft": "lora", "r": 4, "max_steps": 4, "save_steps": 2}
+    def begin(name, dtype):
+        found = finetune(model=small(dtype), data=ROWS, lr_init=1e-2, micro_bsz=2, accumulate=2, eval_split=0., output=str(tmp_path), name=name, **settings)
+        found.plan()
+        return found
+    full, half, parts = begin("full", torch.float32), begin("half", torch.float16), begin("parts", torch.float16)
+    half.scale.factor = parts.scale.factor = 2. ** 40
+    list(full.steps()), list(half.steps())
+    for event in parts.steps():
+        if event["event"] == "step" and event["step"] == 2: parts.stop()
+    again = Run.resume(parts.folder, model=small(torch.float16))
+    list(again.steps())
+    loss = lambda run: [e["loss"] for e in timeline(run.events) if e["event"] == "step"]
+    assert loss(half) == pytest.approx(loss(full), rel=5e-3) and loss(again) == loss(half)
+    assert 1 < again.scale.factor == half.scale.factor < 2. ** 40 and again.scale.calm == 4
+    assert {p.dtype for p in half.trained.values()} == {torch.float32}
 
 
 # --- in a run -----------------------------------------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ class Optimiser(BaseModel):
 class Hardware(BaseModel):
     "Where it runs"
     device: str | None = setting(None, "cpu, cuda, cuda:1, mps; unset: the fastest there is")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", "type of the frozen weights and the activations; auto: what the hardware multiplies natively", later=("fp16",))
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", "type of the frozen weights and the activations; auto: bf16 where a GPU multiplies it natively, else fp32; fp16, with loss scaling, is for older GPUs")
     grad_cp: bool | Literal["auto"] = setting("auto", "recompute each block in the backward pass to save memory; auto: on a GPU")
     backend: Literal["auto", "loop", "chunk", "cpu", "fla", "cuda"] = setting("auto", "implementation of the recurrence")
     strategy: Literal["auto", "ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_2_offload", "deepspeed_stage_3", "deepspeed_stage_3_offload"] = setting(
@@ -315,6 +315,7 @@ def check_places(config: Config):
     except RuntimeError: raise ValueError(f"device: {config.device!r} is not known; use cpu, cuda, cuda:1 or mps") from None
     there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(device.type, 0)
     if (device.index or 0) >= there: raise ValueError(f"device: there is no {config.device!r} on this machine; leave it out to take the fastest there is")
+    if config.precision == "fp16" and (device.type if config.device else "cuda" if torch.cuda.is_available() else "cpu") != "cuda": raise ValueError("precision: 'fp16' is for CUDA GPUs, other devices don't multiply it natively; use 'fp32' or 'auto' here")
     place = Path(config.output, config.name or "run")
     nearest_there = next(p for p in (place, *place.parents) if p.exists())
     if not nearest_there.is_dir(): raise ValueError(f"output: {str(nearest_there)!r} is a file, and a run needs a folder; choose another one")
@@ -385,7 +386,7 @@ def check_combinations(config: Config):
     if strange: raise ValueError(f"{strange[0]}: peft = {peft!r} has no {strange[0]}; leave it out")
     if config.train_parts and peft == "none": raise ValueError("train_parts: peft = 'none' trains every part already; leave it out")
     if config.state and not state_only(config): raise ValueError("state: a state to start from is used with peft = 'state' in this version")
-    if config.precision == "bf16" and peft == "none": raise ValueError("precision = 'bf16' with peft = 'none' is not in this version yet: it needs fp32 masters of every weight; use fp32 or auto")
+    if config.precision in ("bf16", "fp16") and peft == "none": raise ValueError(f"precision = {config.precision!r} with peft = 'none' is not in this version yet: it needs fp32 masters of every weight; use fp32 or auto")
 
 # %% ../../nbs/train/10_config.ipynb #13662673
 def state_only(config: Config) -> bool:

@@ -37,15 +37,15 @@ from .config import Config, ConfigError, recorded
 from .evaluate import evaluate, trained_bytes
 from .events import EventLog, event, read_events, timeline
 from .folder import OwnRandomness, checkpoints, folder_of, holds_run, load_checkpoint, load_config, load_rows, prune, save_changes, save_checkpoint, save_config, save_rows
-from .loss import accumulate, on_device, over_ranks, penalty_of, trained_tokens
+from .loss import LossScale, accumulate, on_device, over_ranks, penalty_of, trained_tokens
 from .optim import default_lr, lorafa_groups, lr_at, make_optimizer, methods_of, moment_bytes, optimizer_groups, set_lr, update_of
 
 # %% auto #0
 __all__ = ['TrainingError', 'Feed', 'patient', 'accelerator_on', 'read_rows_of', 'load_base', 'settle', 'plain_words',
-           'take_step', 'turn', 'peak_memory', 'not_finite', 'examine', 'speak', 'keep', 'put_back', 'starts_of',
-           'go_on', 'finish', 'save_results', 'train', 'halt', 'prepare', 'left_by', 'take_off', 'check_same',
-           'make_trainable', 'look_at_rows', 'save_looked_at', 'begin', 'said_of_pages', 'find_rate', 'plan_of',
-           'report_of', 'Run', 'events_of', 'last_words', 'finetune']
+           'gradient_of', 'take_step', 'turn', 'peak_memory', 'not_finite', 'examine', 'speak', 'keep', 'put_back',
+           'starts_of', 'go_on', 'finish', 'save_results', 'train', 'halt', 'prepare', 'left_by', 'take_off',
+           'check_same', 'make_trainable', 'look_at_rows', 'save_looked_at', 'begin', 'said_of_pages', 'find_rate',
+           'plan_of', 'report_of', 'Run', 'events_of', 'last_words', 'finetune']
 
 # %% ../../nbs/train/70_loop.ipynb #d54764fe
 class TrainingError(RuntimeError):
@@ -119,10 +119,9 @@ def load_base(config: Config) -> nn.Module:
     "The base model that the settings name, in the type that they ask for; every weight that trains is at least fp32."
     if not isinstance(config.model, str): return config.model
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    kinds = {"fp32": torch.float32, "bf16": torch.bfloat16, "auto": fastest_dtype(device)}
+    kinds = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "auto": torch.bfloat16 if fastest_dtype(device) == torch.bfloat16 else torch.float32}
     whole = config.peft == "none" or any(hasattr(m, "names") for m in methods_of(config))      # methods that train the model's own tensors name them
-    dtype = torch.float32 if whole else kinds[config.precision]
-    return load(config.model, device=device, dtype=torch.float32 if dtype == torch.float16 else dtype)  # fp16 needs loss scaling, which is not in this version
+    return load(config.model, device=device, dtype=torch.float32 if whole else kinds[config.precision])
 
 # %% ../../nbs/train/70_loop.ipynb #f7214e14
 def settle(config: Config, rows: int, lr: float | None) -> SimpleNamespace:
@@ -146,6 +145,17 @@ def plain_words(config: Config) -> tuple[Config, list[str]]:
         warnings.simplefilter("always")
         return config.changed(quant=kind_of(config.quant)), [str(w.message) for w in told]
 
+# %% ../../nbs/train/70_loop.ipynb #5e48ba61
+def gradient_of(run: Run, taken: Sequence[Batch], total: float) -> tuple[float, float]:
+    "Gradients of a step over `taken`, clipped: returns the loss and the gradient's norm before clipping, the same on every rank. In float16 an overflow means another try with a smaller factor."
+    while True:
+        with run.random: sums = accumulate(run.model, taken, run.accelerator.backward, total, run.accelerator.num_processes * run.scale.factor, **penalty_of(run.config))
+        run.scale.undo(run.trained.values())
+        norm = run.accelerator.clip_grad_norm_(run.trained.values(), run.config.grad_clip or math.inf).item()
+        loss = over_ranks(run.accelerator, sums.double().sum().item()) / total
+        if not math.isfinite(loss) or run.scale.holds(norm): return loss, norm
+        run.optimizer.zero_grad(set_to_none=True)
+
 # %% ../../nbs/train/70_loop.ipynb #6ba7e6cb
 def take_step(run: Run) -> dict:
     "One optimiser step. Returns the fields of its event; raises TrainingError, with nothing updated, when loss or gradient are not finite."
@@ -153,11 +163,7 @@ def take_step(run: Run) -> dict:
     left = s.accumulate if s.batches is None else min(s.accumulate, s.batches - run.feed.taken)
     taken, lr = run.feed.take(left), lr_at(run.step, s.steps, s.lr_init, s.lr_final, run.config.lr_schedule, s.warmup_steps)
     set_lr(run.optimizer, lr)
-    with run.random:
-        total = over_ranks(run.accelerator, trained_tokens(taken))
-        sums = accumulate(run.model, taken, run.accelerator.backward, total, run.accelerator.num_processes, **penalty_of(run.config))
-    norm = run.accelerator.clip_grad_norm_(run.trained.values(), run.config.grad_clip or math.inf).item()
-    loss = over_ranks(run.accelerator, sums.double().sum().item()) / total
+    loss, norm = gradient_of(run, taken, over_ranks(run.accelerator, trained_tokens(taken)))
     if not (math.isfinite(loss) and math.isfinite(norm)): raise not_finite(run, taken, loss, norm)
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
@@ -233,7 +239,7 @@ def speak(run: Run, prompt: str, max_tokens: int = 120) -> dict:
 # %% ../../nbs/train/70_loop.ipynb #a2ad8d37
 def keep(run: Run) -> dict:
     "Writes a checkpoint of this step and drops those that are neither new nor best; returns the `saved` event. OSError when there is no room."
-    training = {"optimizer": run.optimizer.state_dict(), "random": run.random.state, "epoch": run.feed.epoch, "start": run.feed.start,
+    training = {"optimizer": run.optimizer.state_dict(), "random": run.random.state, "scale": [run.scale.factor, run.scale.calm], "epoch": run.feed.epoch, "start": run.feed.start,
                 **{name: getattr(run, name) for name in ("best_loss", "best_step", "waited", "evaluated")}}
     path = save_checkpoint(run.folder, run.step, run.trained | run.starts, training)
     run.saved = run.step
@@ -267,6 +273,7 @@ def go_on(run: Run):
     turn(run)
     run.optimizer.load_state_dict(training["optimizer"])
     run.random.state = training["random"]
+    run.scale.factor, run.scale.calm = training.get("scale", [run.scale.factor, 0])
     for name in ("best_loss", "best_step", "waited", "evaluated"): setattr(run, name, training[name])
     run.feed = Feed(run.data, run.settled.micro_bsz, run.config.dataload, run.config.seed, training["epoch"], training["start"])
 
@@ -355,7 +362,7 @@ def prepare(run: Run):
     model.grad_cp = run.device.type == "cuda" if config.grad_cp == "auto" else config.grad_cp
     if config.backend != "auto": model.backend = config.backend
     run.held_out_bytes = trained_bytes(run.held_out, tokenizer) if run.held_out else 0
-    run.model = model.train()
+    run.model, run.scale = model.train(), LossScale(next(model.parameters()).dtype)
     run.settled = settle(config, len(run.data), default_lr(run.methods))
 
 # %% ../../nbs/train/70_loop.ipynb #95a8c7b4
