@@ -1,6 +1,7 @@
 from rwkv_peft import lazy
 
 _public = {"DataError": "rows",
+           "TEMPLATES": "chat", "STOPS": "chat", "prompt_of": "chat", "lint": "chat",
            "Example": "masks",
            "read_data": "records", "Dataset": "records",
            "batches": "batches", "Batch": "batches"}
