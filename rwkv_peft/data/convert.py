@@ -6,11 +6,12 @@
 __all__ = ['ALONE', 'GROUP', 'parse_block', 'Encoded', 'encode_block', 'in_order', 'workers_for', 'encode_source', 'repeat',
            'convert', 'summary', 'trainer_words', 'to_jsonl']
 
-# %% ../../nbs/data/45_convert.ipynb #448ad82d
+# %% ../../nbs/data/45_convert.ipynb #166ef264
 from collections import deque
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from signal import SIG_IGN, SIGINT, signal
 from tempfile import TemporaryDirectory
 from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Sequence
 import json
@@ -21,7 +22,7 @@ from .chat import segments_of, template_for
 from .rows import DataError, Row, check_row
 from ..model.tokenizer import Bytes, World
 
-# %% ../../nbs/data/45_convert.ipynb #31e8ed86
+# %% ../../nbs/data/45_convert.ipynb #bca7b94c
 def parse_block(first, blob, place):
     "shim"
     for number, raw in enumerate(blob.split(b"\n"), first):
@@ -41,7 +42,7 @@ def _items(source):
     pairs = list(enumerate(source, 1))
     return "row", "a list", len(pairs), (pairs[i:i + 1000] for i in range(0, len(pairs), 1000))
 
-# %% ../../nbs/data/45_convert.ipynb #177a9059
+# %% ../../nbs/data/45_convert.ipynb #70e612da
 class Encoded(NamedTuple):
     "What a block of rows became."
     ids: np.ndarray              # int64, documents one after another
@@ -51,7 +52,7 @@ class Encoded(NamedTuple):
     weighted: int                # rows whose weights a binidx can't keep
     read: int                    # bytes or rows
 
-# %% ../../nbs/data/45_convert.ipynb #03871cd9
+# %% ../../nbs/data/45_convert.ipynb #cf72ac5a
 def _row_ids(row: Row, template: str | Callable | None, tokenizer: Any, append_eod: bool, where: str) -> list[int]:
     if row.shape == "ids": ids = list(row.content[0])
     else:
@@ -73,7 +74,7 @@ def encode_block(item: tuple | list, place: str, tokenizer: Any, template: str |
         weighted += row.weight != 1
     return Encoded(np.array(ids, np.int64), sizes, shapes, ignored, weighted, len(item[1]) if isinstance(item, tuple) else len(item))
 
-# %% ../../nbs/data/45_convert.ipynb #5e8caf9e
+# %% ../../nbs/data/45_convert.ipynb #6629d64d
 def in_order(function: Callable, items: Iterable, workers: int = 1) -> Iterator:
     "`map(function, items)` over `workers` spawned processes, results in the order of the items and only a few in flight; 1 stays in this process. `function` and items must pickle."
     if workers <= 1:
@@ -83,7 +84,7 @@ def in_order(function: Callable, items: Iterable, workers: int = 1) -> Iterator:
     from concurrent.futures.process import BrokenProcessPool
     from multiprocessing import get_context
     items, flying = iter(items), deque()
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), signal, (SIGINT, SIG_IGN)) as pool:      # Ctrl-C is for this process, which ends the others
         try:
             flying.extend(pool.submit(function, item) for item in islice(items, 3 * workers))
             while flying:
@@ -93,7 +94,7 @@ def in_order(function: Callable, items: Iterable, workers: int = 1) -> Iterator:
         except BrokenProcessPool: raise DataError('a worker process ended before its work; in a script, put the call under `if __name__ == "__main__":`, or say workers=1') from None
         finally: pool.shutdown(wait=False, cancel_futures=True)
 
-# %% ../../nbs/data/45_convert.ipynb #7d24b3a0
+# %% ../../nbs/data/45_convert.ipynb #623b68f1
 def _quiet(what: str, done: int, of: int | None) -> None: pass
 
 ALONE = 16 << 20    # bytes of a file that one process encodes faster than several
@@ -103,7 +104,7 @@ def workers_for(source: Any, tokenizer: Any, template: Any, workers: int) -> int
     if not isinstance(source, (str, Path)) or Path(source).stat().st_size < ALONE: return 1
     return workers if type(tokenizer) in (World, Bytes) and not callable(template) else 1
 
-# %% ../../nbs/data/45_convert.ipynb #92c05fed
+# %% ../../nbs/data/45_convert.ipynb #6ca66dca
 def encode_source(source: Any, prefix: str | Path, tokenizer: Any, template: str | Callable | None = None, fields: Mapping[str, str] | None = None,
                   append_eod: bool = True, workers: int = 1, tell: Callable[[str, int, int | None], Any] = _quiet) -> dict:
     "Write each row of `source` once, in its order, as a pair; what was found comes back as a dict. `tell(what, done, of)` is called now and then."
@@ -123,7 +124,7 @@ def encode_source(source: Any, prefix: str | Path, tokenizer: Any, template: str
     shape = first[0]
     return found | {"ignored": sorted(found["ignored"]), "shape": shape, "template": None if shape == "ids" else getattr(template_for(shape, template), "__name__", "?"), "workers": workers, "dtype": writer.dtype.name}
 
-# %% ../../nbs/data/45_convert.ipynb #358fe4a5
+# %% ../../nbs/data/45_convert.ipynb #bc2c5c18
 GROUP = 1 << 22     # ids copied together
 
 def repeat(pair: Binidx, prefix: str | Path, epochs: int = 1, shuffle: bool = True, seed: int = 0, tell: Callable[[str, int, int | None], Any] = _quiet) -> None:
@@ -136,7 +137,7 @@ def repeat(pair: Binidx, prefix: str | Path, epochs: int = 1, shuffle: bool = Tr
                 writer.extend(np.concatenate([pair[i] for i in group]), pair.sizes[group])
                 tell("shuffle" if shuffle else "repeat", len(writer.sizes), epochs * len(pair))
 
-# %% ../../nbs/data/45_convert.ipynb #21edaaf5
+# %% ../../nbs/data/45_convert.ipynb #3870f974
 def _refuse(files: Sequence[Path], force: bool) -> None:
     there = [file for file in files if file.exists()]
     if there and not force: raise DataError(f"{there[0]} is there already: choose another name, or say force=True (in a shell --force) to replace it")
@@ -145,7 +146,7 @@ def _whole(low: int = 1, **settings: Any) -> None:
     for name, value in settings.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < low: raise DataError(f"{name}={value!r} must be a whole number, at least {low}")
 
-# %% ../../nbs/data/45_convert.ipynb #499db104
+# %% ../../nbs/data/45_convert.ipynb #b01006ea
 def convert(source: Any, prefix: str | Path, *, epochs: int = 1, shuffle: bool = True, seed: int = 0, tokenizer: Any = None, template: str | Callable | None = None, fields: Mapping[str, str] | None = None,
             append_eod: bool = True, workers: int = 2, force: bool = False, tell: Callable[[str, int, int | None], Any] = _quiet) -> dict:
     """Write `source` as PREFIX.bin and PREFIX.idx; what was found and written comes back as a dict. A `DataError` names what can't be used.
@@ -177,7 +178,7 @@ def convert(source: Any, prefix: str | Path, *, epochs: int = 1, shuffle: bool =
     pair.close()
     return found
 
-# %% ../../nbs/data/45_convert.ipynb #e53fd26a
+# %% ../../nbs/data/45_convert.ipynb #5ae5613e
 def summary(found: Mapping) -> str:
     "What `convert` or `to_jsonl` found, in a few lines for a terminal: nothing that was left out stays unsaid."
     lines = [f"{found['out']}: {found['documents']:,} documents, {found['tokens']:,} tokens"]
@@ -189,7 +190,7 @@ def summary(found: Mapping) -> str:
     if found.get("unended"): lines.append(f"{found['unended']:,} documents have no id 0 at their end")
     return "\n".join(lines)
 
-# %% ../../nbs/data/45_convert.ipynb #77d56fd8
+# %% ../../nbs/data/45_convert.ipynb #dd2fed4b
 def trainer_words(prefix: str | Path, n_tokens: int, ctx_len: int) -> str:
     "RWKV-LM's options for a pair of `n_tokens`, or the reason why there are none. Its check that the prime is over 0.9 of all windows is made here."
     try: prime = magic_prime(n_tokens, ctx_len)
@@ -198,7 +199,7 @@ def trainer_words(prefix: str | Path, n_tokens: int, ctx_len: int) -> str:
     share = prime / (n_tokens // ctx_len)
     return words if share > .9 else f"{words}\nRWKV-LM refuses this prime, as it is only {share:.2f} of all windows and must be over 0.9; give more text, more epochs or a smaller ctx_len"
 
-# %% ../../nbs/data/45_convert.ipynb #54d1a619
+# %% ../../nbs/data/45_convert.ipynb #4d8ff3fd
 def _text(ids: np.ndarray, tokenizer: Any, where: str) -> str:
     pieces = [tokenizer.token_bytes(id) for id in ids.tolist()]
     said = "ids=True (in a shell --ids) writes its numbers"
