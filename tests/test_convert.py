@@ -1,4 +1,5 @@
 "Rows to binidx and back: against a slow conversion written here, in several processes, interrupted, refused, and from a shell."
+import gzip
 import json
 import operator
 import os
@@ -15,7 +16,7 @@ from hypothesis import given, settings, strategies as st
 from rwkv_peft import cli
 from rwkv_peft.data import convert as module
 from rwkv_peft.data.binidx import Binidx, BinidxWriter
-from rwkv_peft.data.convert import convert, encode_block, in_order, repeat, summary, to_jsonl, trainer_words
+from rwkv_peft.data.convert import convert, in_order, repeat, summary, to_jsonl, trainer_words
 from rwkv_peft.data.rows import DataError
 from rwkv_peft.model.tokenizer import Bytes, World
 
@@ -139,6 +140,27 @@ def test_what_may_not_travel_stays(monkeypatch, tmp_path):
 
 # ---- turns, ids and what a pair can't keep
 
+def test_ids_end_once(tmp_path):
+    convert([{"input_ids": [5, 6]}, {"input_ids": [7, 0]}], tmp_path / "x", shuffle=False)
+    assert documents(tmp_path / "x") == [[5, 6, 0], [7, 0]]
+    with pytest.raises(DataError, match="uint16 holds"): convert([{"input_ids": [70000]}], tmp_path / "y")
+
+
+@pytest.mark.parametrize("name, text", [("x.csv", "text\naa\nbb\n"), ("x.json", '["aa", "bb"]'), ("x.jsonl.gz", '{"text": "aa"}\n{"text": "bb"}\n'), ("x.txt", "aa\nbb\n")])
+def test_other_sources(tmp_path, name, text):
+    (tmp_path / name).write_bytes(gzip.compress(text.encode()) if name.endswith("gz") else text.encode())
+    found = convert(tmp_path / name, tmp_path / "x", shuffle=False)
+    expected = ["aa\nbb"] if name == "x.txt" else ["aa", "bb"]
+    assert [World().decode(d).rstrip("\n") for d in Binidx(tmp_path / "x")] == expected and found["rows"] == len(expected)
+
+
+def test_slices_and_other_keys(tmp_path):
+    texts = [f"row {i}" for i in range(2500)]
+    found = convert([{"content": t} for t in texts], tmp_path / "x", shuffle=False, split="train[1:2200]", fields={"text": "content"})
+    assert [World().decode(d) for d in Binidx(tmp_path / "x")] == texts[1:2200] and found["rows"] == 2199
+    with pytest.raises(DataError, match="split"): convert(tmp_path / "x.bin", tmp_path / "y", split="train[:3]")
+
+
 def test_turns_go_through_their_template(tmp_path):
     rows = [{"messages": [{"role": "user", "content": "Hi\n\nthere"}, {"role": "assistant", "content": "Hello."}]}, {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}], "weight": 2, "source": "web"}]
     found = convert(rows, tmp_path / "x", shuffle=False)
@@ -238,8 +260,15 @@ def test_a_shell_converts_there_and_back(capsys, tmp_path):
     assert code == 0 and len(open(tmp_path / "ids.jsonl").readlines()) == 40 * len(TEXTS)
 
 
+def test_a_shell_renames_and_slices(capsys, tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"q": "a", "a": "b"}\n{"q": "c", "a": "d"}\n{"q": "e", "a": "f"}\n')
+    code, out, err = shell(capsys, "data", "convert", tmp_path / "x.jsonl", tmp_path / "x", "--field", "prompt=q", "--field", "completion=a", "--split", "train[1:]", "--template", "rwkv", "--no-shuffle", "--tokenizer", "bytes")
+    assert code == 0 and [Bytes().decode(d) for d in Binidx(tmp_path / "x")] == ["User: c\n\nAssistant: d", "User: e\n\nAssistant: f"]
+    assert "pair through the template rwkv, bytes tokenizer" in out and "every token" in out
+
+
 @pytest.mark.parametrize("words, said", [
-    (["x.jsonl", "there"], "--force"), (["nowhere.jsonl", "y"], "nowhere.jsonl"), (["nowhere.bin", "y.jsonl"], "nowhere"), (["x.jsonl", "y", "--epochs", "0"], "epochs"),
+    (["x.jsonl", "there"], "--force"), (["x.jsonl", "y", "--field", "text"], "OURS=YOURS"), (["x.jsonl", "y", "--field", "txet=text"], "did you mean 'text'"), (["nowhere.jsonl", "y"], "nowhere.jsonl"), (["nowhere.bin", "y.jsonl"], "nowhere"), (["x.jsonl", "y", "--epochs", "0"], "epochs"),
     (["x.jsonl", "y", "--tokenizer", "word"], "world or bytes"), (["x.jsonl", "y", "--ids"], "--ids"), (["there.bin", "y.jsonl", "--epochs", "2"], "--epochs"), (["x.jsonl"], "OUT"), (["x.jsonl", "y.jsonl"], "without .jsonl"),
 ])
 def test_a_shell_says_what_is_wrong_in_a_line(capsys, tmp_path, monkeypatch, words, said):
@@ -267,10 +296,10 @@ if __name__ == "__main__":
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux")
 @pytest.mark.timeout(120)
 def test_memory_does_not_follow_the_file(tmp_path):
-    "48 MB of rows take less than half of that beyond what a row takes; mapped pages of the result count, too."
+    "What 64 MB of rows take beyond what one row takes: blocks of 1 MB and groups of 8 MB, but neither the file nor its ids."
     line = json.dumps({"text": "A line of text, neither long nor short, 12345. " * 40}) + "\n"
-    (tmp_path / "big.jsonl").write_text(line * (48_000_000 // len(line)))
+    (tmp_path / "big.jsonl").write_text(line * (64_000_000 // len(line)))
     (tmp_path / "measure.py").write_text(MEASURED)
     ran = subprocess.run([sys.executable, tmp_path / "measure.py", tmp_path / "big.jsonl", tmp_path / "big"], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert ran.returncode == 0, ran.stderr
-    assert int(ran.stdout) < 24_000
+    assert int(ran.stdout) < 42_000
