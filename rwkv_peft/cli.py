@@ -194,14 +194,14 @@ def data_convert(source: Annotated[str, typer.Argument(metavar="IN", help="rows,
                  append_eod: Annotated[bool, typer.Option("--append-eod/--no-append-eod", help="id 0 after every document")] = True, workers: Annotated[int, typer.Option(min=1, help="processes for a large file")] = 2,
                  ids: Annotated[bool, typer.Option("--ids", help="on the way back: numbers in place of text")] = False, force: Force = False):
     "Write rows as binidx, or binidx as rows."
-    from rwkv_peft.data.convert import convert, summary, to_jsonl, trainer_words
+    from rwkv_peft.data.convert import summary, to_binidx, to_jsonl, trainer_words
     back, words = out.endswith(".jsonl") and source.endswith((".bin", ".idx")), tokenizer_of(tokenizer)
     if back and (epochs > 1 or template or field or split or not append_eod): raise typer.BadParameter("--epochs, --template, --field, --split and --no-append-eod are for writing a pair, not for the way back")
     fields = dict(word.partition("=")[::2] for word in field or ())
     if not all(fields.values()): raise typer.BadParameter("--field is OURS=YOURS, as in --field text=content")
     if ids and not back: raise typer.BadParameter("--ids is for the way back, from OUT.bin to a .jsonl")
     with progress() as tell:
-        found = to_jsonl(source, out, tokenizer=words, ids=ids, force=force, tell=tell) if back else convert(
+        found = to_jsonl(source, out, tokenizer=words, ids=ids, force=force, tell=tell) if back else to_binidx(
             source, out, epochs=epochs, shuffle=shuffle, seed=seed, tokenizer=words, template=template, fields=fields, split=split, append_eod=append_eod, workers=workers, force=force, tell=tell)
     print(summary(found))
     if ctx_len: print(trainer_words(source if back else out, found["tokens"], ctx_len))

@@ -2,7 +2,7 @@ from rwkv_peft import lazy
 
 _public = {"DataError": "rows",
            "Example": "masks",
-           "Binidx": "binidx", "BinidxWriter": "binidx", "magic_prime": "binidx", "magic_order": "binidx", "convert": "convert", "to_jsonl": "convert",
+           "Binidx": "binidx", "BinidxWriter": "binidx", "magic_prime": "binidx", "magic_order": "binidx", "to_binidx": "convert", "to_jsonl": "convert",
            "read_data": "records", "Dataset": "records",
            "batches": "batches", "Batch": "batches"}
 __getattr__, __dir__ = lazy(__name__, _public)
