@@ -38,7 +38,7 @@ class Example:
         "How many tokens have a weight above 0."
         return int((self.weights > 0).sum())
 
-# %% ../../nbs/data/30_masks.ipynb #fa87c773
+# %% ../../nbs/data/30_masks.ipynb #ff74709a
 def _is_marker(m: Any) -> bool:
     return bool(m) and (isinstance(m, str) or isinstance(m, (list, tuple)) and all(isinstance(i, int) and not isinstance(i, bool) for i in m))
 
@@ -71,7 +71,7 @@ def check_mask(loss_mask: str | None, shape: str, mask_id: Mapping | None = None
     elif mask_id is not None: raise DataError(f"mask_id is read by loss_mask='qa' and 'se', but loss_mask={loss_mask!r}; leave mask_id out")
     return loss_mask
 
-# %% ../../nbs/data/30_masks.ipynb #0d5bf223
+# %% ../../nbs/data/30_masks.ipynb #ccc99d3d
 Steps = list[tuple[int, float]]     # (from this character on, this factor), sorted, from 0
 
 def _marked(text: str, loss_mask: str, mask_id: Mapping | None) -> Steps:
@@ -108,17 +108,13 @@ def mask_segments(segments: Sequence[tuple[str, float]], loss_mask: str, weight:
     everything = [(text, weight) for text, _ in segments]
     return _multiply(everything, _marked("".join(t for t, _ in segments), loss_mask, mask_id)) if loss_mask in ("qa", "se") else everything
 
-# %% ../../nbs/data/30_masks.ipynb #225923a3
+# %% ../../nbs/data/30_masks.ipynb #7450ad40
 def _regrouped(segments: Sequence[tuple[str, float]], pieces: Sequence[str]) -> Iterator[list[tuple[str, float]]]:
     "For each piece the segments that it was split into."
-    rest = iter(segments)
-    for piece in pieces:
-        group, size = [], 0
-        while size < len(piece):
-            group.append(next(rest, (piece, 0.0)))
-            size += len(group[-1][0])
-        if "".join(text for text, _ in group) != piece: raise DataError(f"the segments are another text than the piece {piece[:40]!r}; only split what the template wrote")
-        yield group
+    ends, borders = list(accumulate(len(text) for text, _ in segments)), list(accumulate(map(len, pieces)))
+    if "".join(pieces) != "".join(text for text, _ in segments) or not {*borders} <= {0, *ends}:
+        raise DataError(f"the segments are another text than the pieces, or run over a border of theirs, near {''.join(pieces)[:40]!r}; only split what the template wrote")
+    for start, end in zip([0, *borders], borders): yield segments[bisect_right(ends, start):bisect_right(ends, end)]
 
 def _weights_of(ids: Sequence[int], group: Sequence[tuple[str, float]], tokenizer: Any) -> list[float]:
     "Each token's weight: that of the segment of `group` in which its first byte lies."
@@ -141,7 +137,7 @@ def encode_segments(segments: Sequence[tuple[str, float]], tokenizer: Any, bos: 
     if weights: weights[0] = 0.0
     return Example(torch.tensor(tokens, dtype=torch.int64), torch.tensor(weights, dtype=torch.float32), row, tuple(segments))
 
-# %% ../../nbs/data/30_masks.ipynb #ed209363
+# %% ../../nbs/data/30_masks.ipynb #0403c034
 def _starts(ids: np.ndarray, pattern: Sequence[int]) -> np.ndarray:
     n = len(ids) - len(pattern) + 1
     if n < 1: return np.zeros(0, dtype=np.int64)
@@ -171,7 +167,7 @@ def mask_ids(tokens: Any, loss_mask: str, tokenizer: Any = None, mask_id: Mappin
     weights[:1] = 0
     return torch.from_numpy(weights)
 
-# %% ../../nbs/data/30_masks.ipynb #936b47df
+# %% ../../nbs/data/30_masks.ipynb #63332846
 def _place_of(row: Row, i: int, text: str, template: Callable, where: str) -> tuple[int, int]:
     "(start, end) of message i's content in the rendered text; equal where the template leaves it out."
     mark = next(c for c in map(chr, range(0xe000, 0xf8ff)) if c not in text)
@@ -197,7 +193,7 @@ def _own_weights(row: Row, rendered: Sequence[tuple[str, float]], template: Call
         start, end = _place_of(row, i, "".join(t for t, _ in rendered), template, where)
         yield [(0, 1.0), (start, row.content[i]["weight"]), (end, 1.0)]
 
-# %% ../../nbs/data/30_masks.ipynb #ea34cc3d
+# %% ../../nbs/data/30_masks.ipynb #ecfcfd85
 def _encode_ids(row: Row, loss_mask: str, tokenizer: Any, mask_id: Mapping | None) -> Example:
     ids, own = row.content
     if loss_mask in ("assistant", "last"):
