@@ -180,6 +180,11 @@ class Loader:
         if self.dataload == "get": return self.magic_prime or -(-self.stream.size // self.ctx_len)
         return len(self.ends) - 1 if self.dataload == "pack" else len(self.data)
 
+    @property
+    def tokens(self) -> int:
+        "Positions read in an epoch, padding left out."
+        return self.count * self.ctx_len if self.stream else int(np.minimum(self.lengths, self.ctx_len).sum())
+
     def table(self, epoch: int = 0) -> np.ndarray:
         "The epoch's batches in their order, int64 (len(self), micro_bsz), -1 where there is no row. Numbers are rows, with pack shares of `first_fit`, with get the tokens where windows begin."
         if self.dataload == "bucket": return bucket_table(self.lengths, self.micro_bsz, self.seed, epoch)
