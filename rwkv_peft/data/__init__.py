@@ -5,5 +5,5 @@ _public = {"DataError": "rows",
            "Example": "masks",
            "Binidx": "binidx", "BinidxWriter": "binidx", "magic_prime": "binidx", "magic_order": "binidx", "to_binidx": "convert", "to_jsonl": "convert",
            "read_data": "records", "Dataset": "records",
-           "batches": "batches", "Batch": "batches"}
+           "batches": "batches", "Batch": "batches", "Loader": "batches"}
 __getattr__, __dir__ = lazy(__name__, _public)
