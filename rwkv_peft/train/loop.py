@@ -39,7 +39,7 @@ from .evaluate import evaluate, trained_bytes
 from .events import EventLog, event, read_events, timeline
 from .folder import OwnRandomness, checkpoints, folder_of, holds_run, load_checkpoint, load_config, load_rows, prune, save_changes, save_checkpoint, save_config, save_rows
 from .loss import LossScale, on_device, over_ranks, penalty_of, trained_tokens
-from .strategy import accelerator_on, add_up, clip_and_norm, copies, from_all, from_first, moments_of, ranks, set_moments, share, stage_of, take_back, whole, zero_of
+from .strategy import accelerator_on, add_up, clip_and_norm, copies, from_all, from_first, moments_of, ranks, set_moments, share, take_back, whole, zero_of
 from .optim import default_lr, lorafa_groups, lr_at, make_optimizer, methods_of, moment_bytes, optimizer_groups, set_lr, update_of
 
 # %% auto #0
@@ -660,7 +660,7 @@ async def _ended(run: Run) -> Run:
 
 # %% ../../nbs/train/70_loop.ipynb #816bb7e2
 def events_of(run: Run) -> Iterator[dict]:
-    "All events of a session with `run`, from `start` to `done`, `stopped` or `error`; after `error` the exception itself. Leaving the loop early saves."
+    "All events of a session with `run`, from `start` to `done`, `stopped` or `error`; after `error` the exception itself. Leaving the loop early saves, in a world of one."
     if not run.lock.acquire(blocking=False): raise _going()
     run.ended.clear()
     run.working, run.error = False, None
@@ -669,7 +669,7 @@ def events_of(run: Run) -> Iterator[dict]:
         yield from begin(run)
         yield from train(run)
     except (GeneratorExit, KeyboardInterrupt):
-        if run.log and not run.working:
+        if run.log and not run.working and run.world == 1:      # others may not have left
             for said in halt(run): pass
         raise
     except Exception as error:
