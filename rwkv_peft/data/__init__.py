@@ -1,6 +1,6 @@
 from rwkv_peft import lazy
 
-_public = {"DataError": "rows",
+_public = {"DataError": "rows", "open_source": "sources", "iter_rows": "sources", "read_rows": "sources",
            "Example": "masks",
            "read_data": "records", "Dataset": "records",
            "batches": "batches", "Batch": "batches"}
