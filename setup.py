@@ -11,7 +11,7 @@ ini = ConfigParser(delimiters=["="])
 ini.read("settings.ini", encoding="utf-8")
 cfg = ini["DEFAULT"]
 lib = cfg["lib_name"]
-extras = {name: cfg[f"{name}_requirements"].split() for name in ("fla", "hf", "gguf", "peers", "nvcc", "dev")}
+extras = {name: cfg[f"{name}_requirements"].split() for name in ("fla", "hf", "data", "eval", "gguf", "peers", "nvcc", "dev")}
 
 
 class WithSources(build_py):

@@ -9,9 +9,11 @@ from hypothesis import given, settings, strategies as st
 
 from rwkv_peft.data.batches import LOADERS, Loader, batches, collate, first_fit, idle
 from rwkv_peft.data.binidx import Binidx
-from rwkv_peft.data.masks import LOSS_MASKS, Example
+from rwkv_peft.data.chat import raw
+from rwkv_peft.data.masks import LOSS_MASKS, Example, encode_row
 from rwkv_peft.data.records import Dataset, read_data
 from rwkv_peft.data.rows import DataError
+from rwkv_peft.data.sources import read_rows
 from rwkv_peft.model.rwkv import RWKV
 from rwkv_peft.model.tokenizer import Bytes
 from rwkv_peft.peft.adapters import attach
@@ -60,8 +62,9 @@ class SlowPair:
 
 def corpus(mask, bos):
     if mask in ("assistant", "last"): return read_data(conversations(), Bytes(), loss_mask=mask, bos=bos)
-    marks = {"mask_id": {"mask0": "User:", "mask1": "Assistant:"}} if mask == "se" else {}
-    return read_data([text_of(t) for t in TURNS], Bytes(), loss_mask=mask, bos=bos, **marks)
+    texts, marks = [text_of(t) for t in TURNS], {"mask0": "User:", "mask1": "Assistant:"}
+    if mask == "se": return Dataset([encode_row(row, raw, mask, Bytes(), mask_id=marks, bos=bos) for row in read_rows(texts)], Bytes(), {"loss_mask": mask})
+    return read_data(texts, Bytes(), loss_mask=mask, bos=bos)
 
 
 def trained(window, weights): return [(tuple(window[:t]), window[t], weights[t]) for t in range(1, len(window)) if weights[t]]

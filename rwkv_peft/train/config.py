@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
+from importlib.util import find_spec
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -83,26 +84,27 @@ class Schedule(BaseModel):
     max_steps: int | None = setting(None, "optimiser steps, in place of epochs", gt=0)
     lr_init: float | None = setting(None, "learning rate after the warm-up; unset, by method: 2e-4 for LoRA, DoRA, EVA, LoftQ and MiLoRA, 5e-5 for PiSSA and OLoRA, 1e-4 for MiSS, Bone and LISA, 1e-5 for full weights, and what the learning-rate finder suggests for state", ge=0)
     lr_final: float | None = setting(None, "learning rate at the end; unset: a tenth of lr_init", ge=0)
-    lr_schedule: Literal["cos", "wsd", "linear", "exp", "constant"] = setting("cos", "the way from lr_init to lr_final")
+    lr_schedule: Literal["cos", "wsd", "linear", "exp", "constant"] = setting("cos", "the way from lr_init to lr_final, reached in the last step; exp to or from 0 is linear; wsd: steady, the last fifth linear; constant: lr_init all the time")
     warmup_steps: int | None = setting(None, "steps of the linear warm-up; unset: 3 % of the steps", ge=0)
     early_stop: int = setting(3, "evaluations without a lower held-out loss before the run ends; 0: never", ge=0)
 
 # %% ../../nbs/train/10_config.ipynb #1cc3ec98
 class Optimiser(BaseModel):
     "The update"
-    optim: Literal["adamw", "loraplus", "lorafa", "adamw8bit", "paged_adamw8bit"] = setting("adamw", "optimiser; loraplus: LoRA's B learns faster than A; lorafa: A stays as it is, B alone trains", later=("adamw8bit", "paged_adamw8bit"))
+    optim: Literal["adamw", "loraplus", "lorafa", "adamw8bit", "paged_adamw8bit", "apollo", "apollo_mini"] = setting(
+        "adamw", "optimiser; loraplus: LoRA's B learns faster than A; lorafa: A stays as it is, B alone trains; adamw8bit: moments in 8 bits, paged: in RAM when the GPU is full; apollo: for full weights, with moments of a projection")
     loraplus_lr_ratio: float = setting(16.0, "how many times faster, with loraplus", gt=0)
     weight_decay: float = setting(0.0, "decay of trained matrices, vectors never", ge=0)
     grad_clip: float = setting(1.0, "largest norm of the gradient; 0: no clipping", ge=0)
-    layerwise_lr: bool = setting(False, "the seed project's learning-rate groups", later=(True,))
-    l2wrap: float = setting(0.0, "penalty on the largest logit", later=("above 0",), ge=0)
-    z_loss: float = setting(0.0, "penalty on the log of the softmax sum", later=("above 0",), ge=0)
+    layerwise_lr: bool = setting(True, "twice the rate for the decay's offset (att.w0, att.time_decay), as RWKV is pre-trained; false: one rate for all")
+    l2wrap: float = setting(0.0, "penalty on the largest logit, not in the loss that is shown; RWKV's trainers use 1e-4", ge=0)
+    z_loss: float = setting(0.0, "penalty on the square of the log of the softmax's sum, in the training loss that is shown", ge=0)
 
 # %% ../../nbs/train/10_config.ipynb #77ffdd71
 class Hardware(BaseModel):
     "Where it runs"
     device: str | None = setting(None, "cpu, cuda, cuda:1, mps; unset: the fastest there is")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", "type of the frozen weights and the activations; auto: what the hardware multiplies natively", later=("fp16",))
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", "type of the frozen weights and the activations; auto: bf16 where a GPU multiplies it natively, else fp32; fp16, with loss scaling, is for older GPUs")
     grad_cp: bool | Literal["auto"] = setting("auto", "recompute each block in the backward pass to save memory; auto: on a GPU")
     backend: Literal["auto", "loop", "chunk", "cpu", "fla", "cuda"] = setting("auto", "implementation of the recurrence")
     strategy: Literal["auto", "ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_2_offload", "deepspeed_stage_3", "deepspeed_stage_3_offload"] = setting(
@@ -242,7 +244,7 @@ class Config(Keeping, Hardware, Optimiser, Schedule, Method, Rows, Sources):
     @classmethod
     def plain(cls, value, info):
         "numpy scalars become numbers, paths texts, tuples lists, and 0 or 1 a switch, as the seed's flags write it."
-        if info.field_name == "grad_cp" and type(value) is int and value in (0, 1): return bool(value)
+        if info.field_name in ("grad_cp", "layerwise_lr") and type(value) is int and value in (0, 1): return bool(value)
         if type(value).__module__ == "numpy" and getattr(value, "ndim", 1) == 0: return value.item()
         if isinstance(value, Path): return str(value)
         if info.field_name in ("targets", "train_parts", "sample_prompts") and isinstance(value, str): return [value]
@@ -316,6 +318,7 @@ def check_places(config: Config):
     except RuntimeError: raise ValueError(f"device: {config.device!r} is not known; use cpu, cuda, cuda:1 or mps") from None
     there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(device.type, 0)
     if (device.index or 0) >= there: raise ValueError(f"device: there is no {config.device!r} on this machine; leave it out to take the fastest there is")
+    if config.precision == "fp16" and (device.type if config.device else "cuda" if torch.cuda.is_available() else "cpu") != "cuda": raise ValueError("precision: 'fp16' is for CUDA GPUs, other devices don't multiply it natively; use 'fp32' or 'auto' here")
     place = Path(config.output, config.name or "run")
     nearest_there = next(p for p in (place, *place.parents) if p.exists())
     if not nearest_there.is_dir(): raise ValueError(f"output: {str(nearest_there)!r} is a file, and a run needs a folder; choose another one")
@@ -356,10 +359,15 @@ def check_storage(config: Config):
 
 # %% ../../nbs/train/10_config.ipynb #e1849afb
 def check_optimiser(config: Config):
-    "`loraplus` and `lorafa` are for pairs A, B; the ratio is for `loraplus`."
+    "`loraplus` and `lorafa` are for pairs A, B, the ratio for `loraplus`, `apollo` for matrices of the model; one penalty at a time; 8-bit moments need bitsandbytes."
+    if config.l2wrap and config.z_loss: raise ValueError("l2wrap and z_loss both hold the logits near zero; use one of them")
+    if config.optim.endswith("8bit") and find_spec("bitsandbytes") is None: raise ValueError(f"optim: {config.optim!r} needs bitsandbytes, which is not installed; pip install bitsandbytes, or use 'adamw'")
     if config.loraplus_lr_ratio != type(config).model_fields["loraplus_lr_ratio"].default and config.optim != "loraplus": raise ValueError("loraplus_lr_ratio is the rate of LoRA's B with optim = 'loraplus'; say that as well, or leave it out")
-    if config.optim not in ("loraplus", "lorafa") or config.adapter: return
+    if config.optim in ("adamw", "adamw8bit", "paged_adamw8bit") or config.adapter: return
     words = ["state"] if state_only(config) else [word for word, _ in spoken(check_method(config.peft))]
+    if config.optim.startswith("apollo"):
+        if config.train_parts or {"none", "lisa", "train"} & set(words): return
+        raise ValueError(f"optim: {config.optim!r} saves moments of the model's own matrices, and {' and '.join(repr(w) for w in words)} trains none of them; use 'adamw', or peft = 'none'")
     if not set(words) & set(PAIRED): raise ValueError(f"optim: {config.optim!r} is for the pair A, B of LoRA and its kin, and {' and '.join(repr(w) for w in words)} has none; use 'adamw', or peft = 'lora'")
 
 # %% ../../nbs/train/10_config.ipynb #356c38e8
@@ -381,7 +389,7 @@ def check_combinations(config: Config):
     if strange: raise ValueError(f"{strange[0]}: peft = {peft!r} has no {strange[0]}; leave it out")
     if config.train_parts and peft == "none": raise ValueError("train_parts: peft = 'none' trains every part already; leave it out")
     if config.state and not state_only(config): raise ValueError("state: a state to start from is used with peft = 'state' in this version")
-    if config.precision == "bf16" and peft == "none": raise ValueError("precision = 'bf16' with peft = 'none' is not in this version yet: it needs fp32 masters of every weight; use fp32 or auto")
+    if config.precision in ("bf16", "fp16") and peft == "none": raise ValueError(f"precision = {config.precision!r} with peft = 'none' is not in this version yet: it needs fp32 masters of every weight; use fp32 or auto")
 
 # %% ../../nbs/train/10_config.ipynb #41f20788
 def check_rows(config: Config):

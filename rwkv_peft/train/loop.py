@@ -38,15 +38,15 @@ from .config import Config, ConfigError, recorded
 from .evaluate import evaluate, trained_bytes
 from .events import EventLog, event, read_events, timeline
 from .folder import OwnRandomness, checkpoints, folder_of, holds_run, load_checkpoint, load_config, load_rows, prune, save_changes, save_checkpoint, save_config, save_rows
-from .loss import accumulate, on_device, trained_tokens
-from .optim import default_lr, lorafa_groups, lr_at, make_optimizer, methods_of, parameter_groups, set_lr
+from .loss import LossScale, accumulate, on_device, over_ranks, penalty_of, trained_tokens
+from .optim import default_lr, lorafa_groups, lr_at, make_optimizer, methods_of, moment_bytes, optimizer_groups, set_lr, update_of
 
 # %% auto #0
 __all__ = ['TrainingError', 'Feed', 'patient', 'accelerator_on', 'read_rows_of', 'in_windows', 'load_base', 'settle',
-           'plain_words', 'take_step', 'turn', 'peak_memory', 'not_finite', 'examine', 'speak', 'keep', 'put_back',
-           'starts_of', 'go_on', 'finish', 'save_results', 'train', 'halt', 'prepare', 'left_by', 'take_off',
-           'check_same', 'make_trainable', 'look_at_rows', 'save_looked_at', 'begin', 'find_rate', 'plan_of',
-           'report_of', 'Run', 'events_of', 'last_words', 'finetune']
+           'plain_words', 'gradient_of', 'take_step', 'turn', 'peak_memory', 'not_finite', 'examine', 'speak', 'keep',
+           'put_back', 'starts_of', 'go_on', 'finish', 'save_results', 'train', 'halt', 'prepare', 'left_by',
+           'take_off', 'check_same', 'make_trainable', 'look_at_rows', 'save_looked_at', 'begin', 'said_of_pages',
+           'find_rate', 'plan_of', 'report_of', 'Run', 'events_of', 'last_words', 'finetune']
 
 # %% ../../nbs/train/70_loop.ipynb #d54764fe
 class TrainingError(RuntimeError):
@@ -140,10 +140,9 @@ def load_base(config: Config) -> nn.Module:
     "The base model that the settings name, in the type that they ask for; every weight that trains is at least fp32."
     if not isinstance(config.model, str): return config.model
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    kinds = {"fp32": torch.float32, "bf16": torch.bfloat16, "auto": fastest_dtype(device)}
+    kinds = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "auto": torch.bfloat16 if fastest_dtype(device) == torch.bfloat16 else torch.float32}
     whole = config.peft == "none" or any(hasattr(m, "names") for m in methods_of(config))      # methods that train the model's own tensors name them
-    dtype = torch.float32 if whole else kinds[config.precision]
-    return load(config.model, device=device, dtype=torch.float32 if dtype == torch.float16 else dtype)  # fp16 needs loss scaling, which is not in this version
+    return load(config.model, device=device, dtype=torch.float32 if whole else kinds[config.precision])
 
 # %% ../../nbs/train/70_loop.ipynb #f7214e14
 def settle(config: Config, per_epoch: int, lr: float | None) -> SimpleNamespace:
@@ -167,6 +166,17 @@ def plain_words(config: Config) -> tuple[Config, list[str]]:
         warnings.simplefilter("always")
         return config.changed(quant=kind_of(config.quant)), [str(w.message) for w in told]
 
+# %% ../../nbs/train/70_loop.ipynb #5e48ba61
+def gradient_of(run: Run, taken: Sequence[Batch], total: float) -> tuple[float, float]:
+    "Gradients of a step over `taken`, clipped: returns the loss and the gradient's norm before clipping, the same on every rank. In float16 an overflow means another try with a smaller factor."
+    while True:
+        with run.random: sums = accumulate(run.model, taken, run.accelerator.backward, total, run.accelerator.num_processes * run.scale.factor, **penalty_of(run.config))
+        run.scale.undo(run.trained.values())
+        norm = run.accelerator.clip_grad_norm_(run.trained.values(), run.config.grad_clip or math.inf).item()
+        loss = over_ranks(run.accelerator, sums.double().sum().item()) / total
+        if not math.isfinite(loss) or run.scale.holds(norm): return loss, norm
+        run.optimizer.zero_grad(set_to_none=True)
+
 # %% ../../nbs/train/70_loop.ipynb #6ba7e6cb
 def take_step(run: Run) -> dict:
     "One optimiser step. Returns the fields of its event; raises TrainingError, with nothing updated, when loss or gradient are not finite. Where no token is trained (windows of `get` under a mask may have none), the loss is 0 and nothing is updated."
@@ -174,24 +184,21 @@ def take_step(run: Run) -> dict:
     left = s.accumulate if s.batches is None else min(s.accumulate, s.batches - run.feed.taken)
     taken, lr = run.feed.take(left), lr_at(run.step, s.steps, s.lr_init, s.lr_final, run.config.lr_schedule, s.warmup_steps)
     set_lr(run.optimizer, lr)
-    total = trained_tokens(taken)
-    with run.random:
-        sums = accumulate(run.model, taken, run.accelerator.backward, total or 1.)
-    norm = run.accelerator.clip_grad_norm_(run.trained.values(), run.config.grad_clip or math.inf).item()
-    loss = sums.double().sum().item() / (total or 1.)
+    total = over_ranks(run.accelerator, trained_tokens(taken))
+    loss, norm = gradient_of(run, taken, total or 1.)
     if not (math.isfinite(loss) and math.isfinite(norm)): raise not_finite(run, taken, loss, norm)
     if total: run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     run.step += 1
     turn(run)
-    return {"step": run.step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": sum(b.read for b in taken),
+    return {"step": run.step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": int(over_ranks(run.accelerator, sum(b.read for b in taken))),
             "seconds": time.perf_counter() - began, "memory": peak_memory(run.device), "rows": run.feed.rows}
 
 # %% ../../nbs/train/70_loop.ipynb #57a347c4
 def turn(run: Run):
     "Asks the methods whose tensors take turns (those with a `redraw`) which train in the coming step; when they are others, the optimiser gets them and frees what it kept of the frozen ones."
     turning = [m.redraw(run.model, run.step, run.config.seed) for m in run.methods if hasattr(m, "redraw")]
-    if any(turning): refit(run.optimizer, parameter_groups(trained_parameters(run.model).items(), run.config.weight_decay))
+    if any(turning): refit(run.optimizer, optimizer_groups(trained_parameters(run.model).items(), **update_of(run.config), model=run.model))
 
 # %% ../../nbs/train/70_loop.ipynb #6ab76d44
 def peak_memory(device: torch.device) -> int | None:
@@ -253,7 +260,7 @@ def speak(run: Run, prompt: str, max_tokens: int = 120) -> dict:
 # %% ../../nbs/train/70_loop.ipynb #a2ad8d37
 def keep(run: Run) -> dict:
     "Writes a checkpoint of this step and drops those that are neither new nor best; returns the `saved` event. OSError when there is no room."
-    training = {"optimizer": run.optimizer.state_dict(), "random": run.random.state, "epoch": run.feed.epoch, "start": run.feed.start,
+    training = {"optimizer": run.optimizer.state_dict(), "random": run.random.state, "scale": [run.scale.factor, run.scale.calm], "epoch": run.feed.epoch, "start": run.feed.start,
                 **{name: getattr(run, name) for name in ("best_loss", "best_step", "waited", "evaluated")}}
     path = save_checkpoint(run.folder, run.step, run.trained | run.starts, training)
     run.saved = run.step
@@ -287,6 +294,7 @@ def go_on(run: Run):
     turn(run)
     run.optimizer.load_state_dict(training["optimizer"])
     run.random.state = training["random"]
+    run.scale.factor, run.scale.calm = training.get("scale", [run.scale.factor, 0])
     for name in ("best_loss", "best_step", "waited", "evaluated"): setattr(run, name, training[name])
     run.feed = Feed(run.loader, training["epoch"], training["start"], run.accelerator.process_index, run.accelerator.num_processes)
 
@@ -376,7 +384,7 @@ def prepare(run: Run):
     model.grad_cp = run.device.type == "cuda" if config.grad_cp == "auto" else config.grad_cp
     if config.backend != "auto": model.backend = config.backend
     run.held_out_bytes = trained_bytes(run.held_out, tokenizer) if run.held_out else 0
-    run.model = model.train()
+    run.model, run.scale = model.train(), LossScale(next(model.parameters()).dtype)
     run.settled = settle(config, len(run.loader), default_lr(run.methods))
 
 # %% ../../nbs/train/70_loop.ipynb #95a8c7b4
@@ -471,17 +479,25 @@ def begin(run: Run) -> Iterator[dict]:
     run.accelerator = accelerator_on(run.device)
     if run.device.type == "cpu": keep_heap()
     named = run.trained if run.config.optim == "lorafa" else trained_parameters(run.model)
-    optimizer = make_optimizer(named.items(), s.lr_init, run.config.weight_decay, run.config.optim, run.config.loraplus_lr_ratio, run.model)
+    optimizer = make_optimizer(named.items(), s.lr_init, **update_of(run.config), model=run.model)
     run.model, run.optimizer = run.accelerator.prepare(run.model, optimizer, device_placement=[False, False])
     run.feed = Feed(run.loader, 0, 0, run.accelerator.process_index, run.accelerator.num_processes)
     if resuming: go_on(run)
     told = {k: recorded(v) for k, v in {**run.config.given, "name": run.folder.name, **vars(s)}.items() if v is not None}
     yield run.say("start", config=told, versions=_versions(), plan=run.plan(), data=dict(run.data.report(s.micro_bsz)), folder=str(run.folder))
     if resuming: yield run.say("resumed", step=run.step)
+    for word in said_of_pages(run): yield run.say("warning", message=word)
     for word in (*run.told, *run.loader.notes()) if not resuming else (): yield run.say("warning", message=word)
     if not resuming and len(run.methods) > 1 and run.config.lr_init is None and any(n.endswith(".time_state") for n in run.trained):
         yield run.say("warning", message=f"the state is tuned at the same rate as the rest, {s.lr_init:g}, and may want a much higher one; set lr_init, or tune one after the other")
     if not resuming and run.held_out is None: yield run.say("warning", message="no rows are held out, so nothing tells whether the model gets better on rows that it has not seen, and the last weights are kept; set eval_split or eval_data")
+
+# %% ../../nbs/train/70_loop.ipynb #7597fc35
+def said_of_pages(run: Run) -> list[str]:
+    "What there is to say of 'paged_adamw8bit' where its moments are not in pages."
+    if run.config.optim != "paged_adamw8bit": return []
+    if run.device.type != "cuda": return [f"optim: pages are for GPUs; on {run.device.type} 'paged_adamw8bit' is 'adamw8bit'"]
+    return ["optim: moments from a checkpoint lie in the GPU's memory, not in pages"] if run.config.resume and run.step else []
 
 # %% ../../nbs/train/70_loop.ipynb #f2fc00c3
 def find_rate(run: Run):
@@ -510,7 +526,7 @@ def plan_of(run: Run) -> dict:
             "rows": len(run.data), "held_out_rows": len(run.held_out or ()), "tokens_per_epoch": run.loader.tokens, "trained_tokens_per_epoch": sum(e.trained for e in run.data),
             "micro_bsz": s.micro_bsz, "accumulate": s.accumulate, "rows_per_step": per_step, "steps": s.steps, "epochs": round(s.steps * s.accumulate * s.micro_bsz / run.loader.count, 3) if s.batches is None else run.config.epochs or 1,
             "lr_init": s.lr_init, "lr_final": s.lr_final, "warmup_steps": s.warmup_steps, "eval_steps": s.eval_steps, "save_steps": s.save_steps,
-            "estimate": {"weights_bytes": sum(p.numel() * p.element_size() for p in held), "gradient_bytes": 4 * trained, "optimiser_bytes": 8 * trained, "how": "by formula; activations come on top"},
+            "estimate": {"weights_bytes": sum(p.numel() * p.element_size() for p in held), "gradient_bytes": 4 * trained, "optimiser_bytes": moment_bytes(run.trained.items(), run.config.optim), "how": "by formula; activations come on top"},
             "device": str(run.device), "precision": str(next(model.parameters()).dtype).removeprefix("torch."), "folder": str(run.folder)}
 
 # %% ../../nbs/train/70_loop.ipynb #0898ab81

@@ -4,18 +4,21 @@
 
 # %% auto #0
 __all__ = ['method_class', 'method_of', 'foreign_method', 'methods_of', 'default_lr', 'is_matrix', 'parameter_groups', 'LoRAFA',
-           'lorafa_groups', 'make_optimizer', 'lr_at', 'set_lr']
+           'lorafa_groups', 'eight_bit', 'narrow', 'adam_ratio', 'limit_growth', 'Apollo', 'apollo_groups',
+           'optimizer_groups', 'update_of', 'make_optimizer', 'moment_bytes', 'lr_at', 'set_lr']
 
 # %% ../../nbs/train/50_optim.ipynb #e64a965d
 from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import get_args
 import json
+import logging
 import math
 import re
 import torch
-from torch import nn
+from torch import Tensor, nn
 from ..peft.lora import LoRA, linears
 from ..peft.parts import Train
 from ..peft.state_tuning import StateTuning
@@ -79,11 +82,11 @@ def is_matrix(name: str, parameter: nn.Parameter) -> bool:
     return sum(side > 1 for side in parameter.shape) == 2 and parameter.dim() == 2 and not re.search(r"\.(r_k|time_\w+)$", name)
 
 # %% ../../nbs/train/50_optim.ipynb #27b2972e
-def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float = 0.0, ratio: float = 1.0) -> list[dict]:
-    "Optimiser groups: `params`, `lr_scale` (2 for att.w0 and att.time_decay, `ratio` for the B of an adapter, else 1) and `weight_decay` (0 but for matrices). Every parameter is in one group; the order is that of `named`."
+def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float = 0.0, ratio: float = 1.0, layerwise_lr: bool = True) -> list[dict]:
+    "Optimiser groups: `params`, `lr_scale` (2 for att.w0 and att.time_decay if `layerwise_lr`, `ratio` for the B of an adapter, else 1) and `weight_decay` (0 but for matrices). Every parameter is in one group; the order is that of `named`."
     groups = {}
     for name, parameter in named:
-        scale = 2.0 if re.search(r"(^|\.)att\.(w0|time_decay)$", name) else ratio if name.endswith(".adapter.B") else 1.0
+        scale = 2.0 if layerwise_lr and re.search(r"(^|\.)att\.(w0|time_decay)$", name) else ratio if name.endswith(".adapter.B") else 1.0
         rule = (scale, weight_decay if is_matrix(name, parameter) else 0.0)
         groups.setdefault(rule, []).append(parameter)
     return [{"params": params, "lr_scale": scale, "weight_decay": decay} for (scale, decay), params in groups.items()]
@@ -105,7 +108,7 @@ class LoRAFA(torch.optim.AdamW):
         return loss
 
 # %% ../../nbs/train/50_optim.ipynb #0da62ff0
-def lorafa_groups(named: Iterable[tuple[str, nn.Parameter]], model: nn.Module, weight_decay: float = 0.0) -> list[dict]:
+def lorafa_groups(named: Iterable[tuple[str, nn.Parameter]], model: nn.Module, weight_decay: float = 0.0, layerwise_lr: bool = True) -> list[dict]:
     "`parameter_groups` for `LoRAFA`: the pairs, A and B in turn, are a group with their `scales`; every A of a pair is frozen. ConfigError if there is no pair."
     named = dict(named)
     pairs = {n: (f"{n}.adapter.A", f"{n}.adapter.B", part.adapter.s) for n, part in linears(model).items() if f"{n}.adapter.B" in named and f"{n}.adapter.A" in named}
@@ -113,26 +116,118 @@ def lorafa_groups(named: Iterable[tuple[str, nn.Parameter]], model: nn.Module, w
     for a, _, _ in pairs.values(): named[a].requires_grad_(False)
     rest = [(n, p) for n, p in named.items() if n not in {x for a, b, _ in pairs.values() for x in (a, b)}]
     group = {"params": [named[n] for a, b, _ in pairs.values() for n in (a, b)], "scales": [s for *_, s in pairs.values()], "lr_scale": 1.0, "weight_decay": weight_decay}
-    return [group, *parameter_groups(rest, weight_decay)]
+    return [group, *parameter_groups(rest, weight_decay, layerwise_lr=layerwise_lr)]
+
+# %% ../../nbs/train/50_optim.ipynb #83ba4a62
+def eight_bit(groups: list[dict], lr: float, paged: bool = False) -> torch.optim.Optimizer:
+    "bitsandbytes' AdamW with moments in 8 bits, over `groups`; on a GPU `paged` if asked. ConfigError where bitsandbytes can't be imported."
+    log = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    level = log.level
+    log.setLevel(logging.CRITICAL)             # it reports optional parts that are not needed
+    try: from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
+    except ImportError as error: raise ConfigError(f"optim: 8-bit moments need bitsandbytes, which can't be imported here ({error}); use 'adamw'") from None
+    finally: log.setLevel(level)
+    pages = paged and all(p.device.type == "cuda" for g in groups for p in g["params"])
+    return (PagedAdamW8bit if pages else AdamW8bit)(groups, lr=lr, betas=(0.9, 0.99), eps=1e-8)
+
+# %% ../../nbs/train/50_optim.ipynb #c5e8dc00
+def narrow(gradient: Tensor, rank: int, seed: int) -> Tensor:
+    "gradient (m, n) -> (longer side, rank): the shorter side goes through a random matrix of variance 1 / rank that `seed` makes again at any time."
+    tall = gradient if gradient.shape[0] >= gradient.shape[1] else gradient.T
+    P = torch.randn(tall.shape[1], rank, generator=torch.Generator(tall.device).manual_seed(seed), device=tall.device, dtype=tall.dtype)
+    return tall @ P / rank ** 0.5
+
+# %% ../../nbs/train/50_optim.ipynb #f3f7dd53
+def adam_ratio(state: dict, g: Tensor, betas: tuple, eps: float) -> Tensor:
+    "Adam's first moment over the root of the second after gradient g, not yet corrected for their start at 0; `state` keeps both, and counts `step`."
+    if "exp_avg" not in state: state.update(exp_avg=torch.zeros_like(g), exp_avg_sq=torch.zeros_like(g))
+    state["step"] += 1
+    m, v = state["exp_avg"].lerp_(g, 1 - betas[0]), state["exp_avg_sq"].mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
+    return m / (v.sqrt() + eps)
+
+# %% ../../nbs/train/50_optim.ipynb #1aeaf4c9
+def limit_growth(update: Tensor, state: dict, most: float = 1.01) -> Tensor:
+    "`update`, shortened so that its norm is at most `most` times the last one's, which `state` keeps as `norm`."
+    norm = update.norm()
+    shrink = (norm / (state["norm"] + 1e-8) / most).clamp(min=1) if "norm" in state else torch.ones_like(norm)
+    state["norm"] = norm / shrink
+    return update / shrink
+
+# %% ../../nbs/train/50_optim.ipynb #91694f43
+class Apollo(torch.optim.Optimizer):
+    "AdamW, but in groups with a `rank` APOLLO (arXiv 2412.05270) for matrices; `scale` is the paper's alpha, `tensorwise` one factor for a whole matrix, as in APOLLO-Mini. Decay follows the update."
+
+    def __init__(self, groups: list[dict], lr: float, betas: tuple = (0.9, 0.99), eps: float = 1e-8, weight_decay: float = 0.0, every: int = 200):
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "every": every})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        "One step; returns what `closure` does."
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for i, (group, p) in enumerate([(group, p) for group in self.param_groups for p in group["params"]]):
+            if p.grad is None: continue
+            state = self.state[p]
+            if not state: state.update(step=0, seed=i)
+            update = self.projected(p.grad, state, group) if "rank" in group else adam_ratio(state, p.grad, group["betas"], group["eps"])
+            start = (1 - group["betas"][1] ** state["step"]) ** 0.5 / (1 - group["betas"][0] ** state["step"])
+            p.sub_(update, alpha=group["lr"] * start).mul_(1 - group["lr"] * group["weight_decay"])
+        return loss
+
+    def projected(self, gradient: Tensor, state: dict, group: dict) -> Tensor:
+        "The gradient with the sizes that Adam gives its projection."
+        rank = min(group["rank"], max(1, min(gradient.shape) // 4))
+        small = narrow(gradient, rank, state["seed"] + 1_000_003 * (state["step"] // group["every"]))
+        ratio, dim = adam_ratio(state, small, group["betas"], group["eps"]), None if group["tensorwise"] else 1
+        sizes = ratio.norm(dim=dim, keepdim=True) / (small.norm(dim=dim, keepdim=True) + 1e-8)
+        return limit_growth(gradient * (sizes if gradient.shape[0] >= gradient.shape[1] else sizes.T), state) * group["scale"] ** 0.5
+
+# %% ../../nbs/train/50_optim.ipynb #0a3ddf67
+def apollo_groups(named: Iterable[tuple[str, nn.Parameter]], mini: bool = False, weight_decay: float = 0.0, layerwise_lr: bool = True) -> list[dict]:
+    "`parameter_groups` for `Apollo`: matrices of time and channel mixing get a `rank`, all else is left to Adam. ConfigError if none of those trains."
+    named = list(named)
+    inside = [(n, p) for n, p in named if p.dim() == 2 and re.search(r"blocks\.\d+\.(att|ffn)\.\w+\.weight$", n)]
+    if not inside: raise ConfigError("optim: APOLLO saves moments of the blocks' own matrices, and none of them trains here; use 'adamw', or peft = 'none'")
+    way = {"rank": 1, "scale": 128.0, "tensorwise": True} if mini else {"rank": 256, "scale": 1.0, "tensorwise": False}
+    chosen = {n for n, _ in inside}
+    return [{**g, **way} for g in parameter_groups(inside, weight_decay, layerwise_lr=layerwise_lr)] + parameter_groups([x for x in named if x[0] not in chosen], weight_decay, layerwise_lr=layerwise_lr)
+
+# %% ../../nbs/train/50_optim.ipynb #4354754d
+def optimizer_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float = 0.0, optim: str = "adamw", loraplus_lr_ratio: float = 16.0, layerwise_lr: bool = True, model: nn.Module | None = None) -> list[dict]:
+    "The parameter groups that a word of `optim` asks for. ConfigError for a word that is none, or doesn't suit these parameters."
+    named = list(named)
+    if optim == "lorafa": return lorafa_groups(named, model, weight_decay, layerwise_lr)
+    if optim.startswith("apollo"): return apollo_groups(named, optim == "apollo_mini", weight_decay, layerwise_lr)
+    if optim not in ("adamw", "loraplus", "adamw8bit", "paged_adamw8bit"): raise ConfigError(f"optim: {optim!r} is not known; use one of {', '.join(map(repr, get_args(Config.model_fields['optim'].annotation)))}")
+    if optim == "loraplus" and not any(n.endswith(".adapter.B") for n, _ in named): raise ConfigError("optim: 'loraplus' gives LoRA's B a higher rate, and none of these methods has a B; use 'adamw', or peft = 'lora'")
+    return parameter_groups(named, weight_decay, loraplus_lr_ratio if optim == "loraplus" else 1.0, layerwise_lr)
+
+# %% ../../nbs/train/50_optim.ipynb #cd17cc5c
+def update_of(config: Config) -> dict:
+    "What settings say of the update, as `optimizer_groups` and `make_optimizer` take it."
+    return {name: getattr(config, name) for name in ("weight_decay", "optim", "loraplus_lr_ratio", "layerwise_lr")}
 
 # %% ../../nbs/train/50_optim.ipynb #64207d69
-def make_optimizer(named: Iterable[tuple[str, nn.Parameter]], lr: float, weight_decay: float = 0.0, optim: str = "adamw", loraplus_lr_ratio: float = 16.0, model: nn.Module | None = None) -> torch.optim.AdamW:
-    """AdamW (arXiv 1711.05101) over `parameter_groups(named)`, betas 0.9 and 0.99, fused on CPU and CUDA. ConfigError for an `optim` that doesn't suit these parameters.
+def make_optimizer(named: Iterable[tuple[str, nn.Parameter]], lr: float, weight_decay: float = 0.0, optim: str = "adamw", loraplus_lr_ratio: float = 16.0, layerwise_lr: bool = True, model: nn.Module | None = None) -> torch.optim.Optimizer:
+    """The optimiser that a word of `optim` means, over `optimizer_groups`; betas 0.9 and 0.99, eps 1e-8. ConfigError for an `optim` that doesn't suit these parameters.
 
-    optim: 'adamw'; 'loraplus', B at `loraplus_lr_ratio` times the rate; 'lorafa', A frozen and `LoRAFA` for B, which needs `model`, not wrapped yet, for the scales."""
-    named, kind = list(named), torch.optim.AdamW
-    if optim == "lorafa": groups, kind = lorafa_groups(named, model, weight_decay), LoRAFA
-    elif optim == "loraplus":
-        if not any(n.endswith(".adapter.B") for n, _ in named): raise ConfigError("optim: 'loraplus' gives LoRA's B a higher rate, and none of these methods has a B; use 'adamw', or peft = 'lora'")
-        groups = parameter_groups(named, weight_decay, loraplus_lr_ratio)
-    elif optim == "adamw": groups = parameter_groups(named, weight_decay)
-    else: raise ConfigError(f"optim: {optim!r} is not known; use 'adamw', 'loraplus' or 'lorafa'")
+    'adamw' (arXiv 1711.05101) and 'loraplus', fused on CPU and CUDA; 'lorafa', `LoRAFA`, which needs `model`, not wrapped yet, for the scales; 'adamw8bit' and 'paged_adamw8bit' of bitsandbytes; 'apollo' and 'apollo_mini', `Apollo`."""
+    groups = optimizer_groups(named, weight_decay, optim, loraplus_lr_ratio, layerwise_lr, model)
+    if optim.endswith("8bit"): return eight_bit(groups, lr, paged=optim.startswith("paged"))
+    if optim.startswith("apollo"): return Apollo(groups, lr)
     fused = {p.device.type for g in groups for p in g["params"]} <= {"cpu", "cuda"}
-    return kind(groups, lr=lr, betas=(0.9, 0.99), eps=1e-8, fused=fused)
+    return (LoRAFA if optim == "lorafa" else torch.optim.AdamW)(groups, lr=lr, betas=(0.9, 0.99), eps=1e-8, fused=fused)
+
+# %% ../../nbs/train/50_optim.ipynb #ae0c478e
+def moment_bytes(named: Iterable[tuple[str, nn.Parameter]], optim: str = "adamw") -> int:
+    "Bytes of the moments that `make_optimizer(named, optim=optim)` will keep of float32 parameters, tables of 8-bit values and single numbers left out."
+    named = [(n, p) for n, p in named if p.requires_grad]
+    if optim.endswith("8bit"): return sum(2 * p.numel() + 8 * math.ceil(p.numel() / 256) if p.numel() >= 4096 else 8 * p.numel() for _, p in named)
+    if not optim.startswith("apollo"): return sum(8 * p.numel() for _, p in named)
+    return sum(8 * (max(p.shape) * min(g["rank"], max(1, min(p.shape) // 4)) if "rank" in g else p.numel()) for g in apollo_groups(named, optim == "apollo_mini") for p in g["params"])
 
 # %% ../../nbs/train/50_optim.ipynb #10b0e287
 def lr_at(step: int, steps: int, lr_init: float, lr_final: float, schedule: str = "cos", warmup: int = 0) -> float:
-    "The learning rate of update `step` (0 is the first) of `steps`. `schedule`: cos, wsd (steady, linear over the last fifth), linear, exp or constant."
+    "The learning rate of update `step` (0 is the first) of `steps`. `schedule`: cos, wsd (steady, linear over the last fifth), linear, exp (linear if one of the rates is 0) or constant; all but constant reach `lr_final` in the last step."
     if step < warmup: return lr_init * (step + 1) / (warmup + 1)
     p = min(1.0, (step - warmup) / max(1, steps - 1 - warmup))
     if schedule == "cos": return lr_final + (lr_init - lr_final) * (1 + math.cos(math.pi * p)) / 2
