@@ -191,7 +191,7 @@ def take_step(run: Run) -> dict:
     run.optimizer.zero_grad(set_to_none=True)
     run.step += 1
     turn(run)
-    return {"step": run.step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": sum(b.read for b in taken),
+    return {"step": run.step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": int(over_ranks(run.accelerator, sum(b.read for b in taken))),
             "seconds": time.perf_counter() - began, "memory": peak_memory(run.device), "rows": run.feed.rows}
 
 # %% ../../nbs/train/70_loop.ipynb #57a347c4
