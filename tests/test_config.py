@@ -55,8 +55,7 @@ def test_refusal(settings, words):
 
 
 @pytest.mark.parametrize("settings", [
-    dict(train_type="infctx"),
-    dict(chunk_ctx=512), dict(bptt="truncated"), dict(dataload="pack"), dict(dataload="pad"), dict(dataload="get"), dict(dataload="only"), dict(strategy="deepspeed_stage_2"), dict(strategy="ddp"), dict(devices=2), dict(optim="adamw8bit"), dict(optim="paged_adamw8bit"),
+    dict(dataload="pack"), dict(dataload="pad"), dict(dataload="get"), dict(dataload="only"), dict(strategy="deepspeed_stage_2"), dict(strategy="ddp"), dict(devices=2), dict(optim="adamw8bit"), dict(optim="paged_adamw8bit"),
     dict(precision="fp16"), dict(log_with="wandb"), dict(l2wrap=1e-4), dict(z_loss=1e-4), dict(layerwise_lr=True), dict(template="bot"), dict(loss_mask="qa"),
     dict(mask_id={"mask0": "0"}), dict(sft_field=["a", "b"])])
 def test_later_words_are_known_and_refused(settings):

@@ -37,6 +37,7 @@ from .config import Config, ConfigError, recorded
 from .evaluate import evaluate, trained_bytes
 from .events import EventLog, event, read_events, timeline
 from .folder import OwnRandomness, checkpoints, folder_of, holds_run, load_checkpoint, load_config, load_rows, prune, save_changes, save_checkpoint, save_config, save_rows
+from .infctx import infctx
 from .loss import accumulate, on_device, trained_tokens
 from .optim import default_lr, lorafa_groups, lr_at, make_optimizer, methods_of, parameter_groups, set_lr
 
@@ -353,6 +354,7 @@ def prepare(run: Run):
     if config.adapter: run.methods = [*model.attached.methods]
     model.grad_cp = run.device.type == "cuda" if config.grad_cp == "auto" else config.grad_cp
     if config.backend != "auto": model.backend = config.backend
+    infctx(model, config.chunk_ctx, config.bptt)
     run.held_out_bytes = trained_bytes(run.held_out, tokenizer) if run.held_out else 0
     run.model = model.train()
     run.settled = settle(config, len(run.data), default_lr(run.methods))
