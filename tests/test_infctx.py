@@ -119,6 +119,8 @@ def test_without_gradients_pieces_are_read_once_and_logits_come_whole():
         assert seen == [16, 16, 16, 5]
         assert model(given["tokens"])[0].shape == (2, T, 31) and seen[-1] == T
         assert rel(loss, infctx(model)(**given)[0]) < 1e-12 and "forward" not in vars(model)
+    frozen = infctx(model, 16).requires_grad_(False)(**given)[0]
+    assert not frozen.requires_grad and rel(frozen, loss) < 1e-12
 
 
 @pytest.mark.parametrize("untrained", [slice(0, 16), slice(16, 32), slice(48, None), slice(0, None)])

@@ -33,7 +33,9 @@ def in_pieces(model: nn.Module, chunk_ctx: int, bptt: str, tokens: Tensor, state
         if bptt == "truncated": carried = carried.detach()
         if i < own: state = carried
         losses.append(loss)
-        if again and tokens.device.type == "cpu": trim_heap()      # the graph's small parts lie between the holes that the piece leaves
+        if again and tokens.device.type == "cpu":              # what stays of a piece is small, and lies between the holes of what went
+            trim_heap()
+            if loss.requires_grad: loss.register_hook(trim_heap)
     return torch.stack(losses).sum(), state
 
 # %% ../../nbs/train/45_infctx.ipynb #7f43c9d1
