@@ -80,6 +80,16 @@ def test_pieces_of_a_token_and_checkpoints_in_pieces(n, grad_cp):
     assert max(rel(found[name], expected[name]) for name in expected) < 1e-10
 
 
+@pytest.mark.parametrize("penalty", [{"l2wrap": 1e-2}, {"z_loss": 1e-2}], ids=str)
+def test_penalties_reach_every_piece(penalty):
+    model, given = model_of("7"), batch()
+    _, plain, _ = gradients(infctx(model), **given)
+    loss, expected, _ = gradients(model, **given, **penalty)
+    got, found, _ = gradients(infctx(model, 16), **given, **penalty)
+    assert math.isclose(got, loss, rel_tol=1e-12) and max(rel(found[name], expected[name]) for name in expected) < 1e-10
+    assert rel(expected["head.weight"], plain["head.weight"]) > 1e-4
+
+
 @pytest.mark.parametrize("version", RANKS)
 def test_truncated_is_each_piece_from_a_given_start(version):
     model, given = model_of(version), batch()
