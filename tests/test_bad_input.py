@@ -60,7 +60,7 @@ def checkpoint_files(desk, good: dict, file: bytes):
 
 
 DATA = {
-    "empty.jsonl": b"", "blank.jsonl": b"\n  \r\n\n", "array.json": json.dumps(ROWS).encode(), "notes.txt": b"Once upon a time\n", "pairs.csv": b"q,a\n1,2\n",
+    "empty.jsonl": b"", "blank.jsonl": b"\n  \r\n\n", "object.json": json.dumps({"rows": ROWS}).encode(), "notes.log": b"Once upon a time\n", "pairs.csv": b"q,a\n1,2\n",
     "latin.jsonl": '{"text": "café"}\n'.encode("latin-1"), "utf16.jsonl": lines(ROWS).encode("utf-16"), "nul.jsonl": b'{"text": "a\0b"}\n', "zeros.jsonl": b"\0" * 99,
     "half.jsonl": b'{"text": "\\ud83d"}\n', "deep.jsonl": b'{"text": ' + b"[" * 99999, "digits.jsonl": b'{"text": ' + b"1" * 5000 + b"}",
     "no_text.jsonl": lines([{"text": "a"}, {"txt": "b"}]).encode(), "null.jsonl": lines([{"text": None}]).encode(), "number.jsonl": lines([{"text": 7}]).encode(),
@@ -179,9 +179,9 @@ NAMES = ["a/b", "../b", "a\\b", "..", "what?", " ", "ends ", "x" * 300]
 ROWS_REFUSED = [  # the model's sizes are read, for the tokenizer, and no weight is
     ({"data": "empty.jsonl"}, ["empty.jsonl", "no rows"]),
     ({"data": "blank.jsonl"}, ["blank.jsonl", "no rows"]),
-    ({"data": "array.json"}, ["array.json", "JSON array"]),
-    ({"data": "notes.txt"}, ["notes.txt line 1", "JSON"]),
-    ({"data": "pairs.csv"}, ["pairs.csv", "csv"]),
+    ({"data": "object.json"}, ["object.json", "one JSON object", "array of rows"]),
+    ({"data": "notes.log"}, ["notes.log", "format='jsonl'"]),
+    ({"data": "pairs.csv"}, ["pairs.csv line 2", "'q', 'a'", "fields"]),
     ({"data": "latin.jsonl"}, ["latin.jsonl line 1", "UTF-8"]),
     ({"data": "utf16.jsonl"}, ["utf16.jsonl line 1", "UTF-8"]),
     ({"data": "nul.jsonl"}, ["nul.jsonl line 1", "JSON"]),
