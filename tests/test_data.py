@@ -178,7 +178,7 @@ def test_rows_that_are_refused(rows, said):
 
 
 @pytest.mark.parametrize("settings_, said", [
-    ({"template": "bot"}, ("'bot'", "isn't in this version", "'rwkv'")),
+    ({"template": "bots"}, ("'bots'", "did you mean 'bot'", "'rwkv'")),
     ({"template": "chatml"}, ("'chatml'", "isn't known", "'rwkv'")),
     ({"template": lambda m: "hello"}, ("row 1", "(text, trained)", "hello")),
     ({"template": lambda m: [("a", -1)]}, ("row 1", "(text, trained)")),

@@ -1,6 +1,7 @@
 from rwkv_peft import lazy
 
 _public = {"DataError": "rows",
+           "TEMPLATES": "chat", "STOPS": "chat", "prompt_of": "chat", "lint": "chat",
            "Example": "masks",
            "Binidx": "binidx", "BinidxWriter": "binidx", "magic_prime": "binidx", "magic_order": "binidx",
            "read_data": "records", "Dataset": "records",
