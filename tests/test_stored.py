@@ -221,3 +221,37 @@ def test_only_the_first_rows_are_written_out_for_people(tmp_path, monkeypatch):
     save_encoded(read_data(ROWS[:5], World()), tmp_path)
     assert len((tmp_path / "rendered.jsonl").read_text(encoding="utf-8").splitlines()) == 3 and json.loads((tmp_path / "dataset.json").read_text())["rendered_rows"] == 3
     assert len(load_encoded(tmp_path)) == 5
+
+
+def test_a_damaged_cache_is_named(tmp_path):
+    read_data(ROWS[:5], World(), cache=tmp_path / "c", workers=1)
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(r) + "\n" for r in ROWS[:9]), encoding="utf-8")
+    data = read_data(file, World(), cache=tmp_path)
+    (Path(data.facts["kept"]) / "spans.bin").unlink()
+    with pytest.raises(DataError, match="delete it"): read_data(file, World(), cache=tmp_path)
+
+
+def test_an_unread_index_counts_too(tmp_path):
+    "Two pairs of the same tokens and other documents are other data."
+    for name, sizes in (("a", (2, 3)), ("b", (3, 2))):
+        (tmp_path / f"{name}.bin").write_bytes(struct.pack("<5H", 5, 6, 7, 8, 0))
+        (tmp_path / f"{name}.idx").write_bytes(b"MMIDIDX\0\0" + struct.pack("<QBQQ2i2q3q", 1, 8, 2, 3, *sizes, 0, 2 * sizes[0], 0, 1, 2))
+    recipe = Recipe(World(), None, "qa", "ids", format="binidx")
+    assert content_key(tmp_path / "a.bin", recipe) != content_key(tmp_path / "b.bin", recipe)
+
+
+def test_batches_of_rows_on_disk_are_those_of_the_list(tmp_path):
+    from rwkv_peft.data.batches import batches
+    listed, kept = read_data(ROWS[:60], World()), read_data(ROWS[:60], World(), cache=tmp_path, workers=1)
+    for a, b in zip(batches(listed, 4, seed=3), batches(kept, 4, seed=3), strict=True):
+        assert a.rows == b.rows and all(torch.equal(getattr(a, n), getattr(b, n)) for n in ("tokens", "targets", "weights", "resets"))
+
+
+def test_a_loader_with_spawned_workers_reads_the_same_rows(tmp_path):
+    kept = read_data(ROWS[:20], World(), cache=tmp_path, workers=1)
+    loader = torch.utils.data.DataLoader(kept.split(.2)[0].examples, batch_size=None, num_workers=1, multiprocessing_context="spawn", collate_fn=_tokens_of)
+    assert list(loader) == [e.tokens.tolist() for e in kept.split(.2)[0]]
+
+
+def _tokens_of(e): return e.tokens.tolist()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['own_text', 'make_rows', 'Peaks', 'read_once', 'measure_file', 'bench_data', 'data_table', 'data_figures']
 
-# %% ../../nbs/bench/85_data.ipynb #7b974a21
+# %% ../../nbs/bench/85_data.ipynb #6907d7eb
 from collections.abc import Iterator
 from pathlib import Path
 import json
@@ -17,7 +17,7 @@ import threading
 import time
 import rwkv_peft
 
-# %% ../../nbs/bench/85_data.ipynb #0cb4e8ab
+# %% ../../nbs/bench/85_data.ipynb #2cd9d3cc
 def own_text() -> str:
     "The sources and the bundled rows of this package, as one text."
     package = Path(rwkv_peft.__file__).parent
@@ -25,7 +25,7 @@ def own_text() -> str:
     rows = [" ".join(str(v) for v in json.loads(line).values()) for file in sorted(package.glob("demo/*.jsonl")) for line in file.read_text(encoding="utf-8").splitlines()]
     return "\n".join([*(f.read_text(encoding="utf-8") for f in files), *rows])
 
-# %% ../../nbs/bench/85_data.ipynb #73180329
+# %% ../../nbs/bench/85_data.ipynb #1f413ef6
 def make_rows(path: str | Path, size: int) -> int:
     "Write rows of {\"text\"} until the file has `size` bytes; returns how many there are."
     text, at, count, written = own_text(), 0, 0, 0
@@ -37,9 +37,9 @@ def make_rows(path: str | Path, size: int) -> int:
             count += 1
     return count
 
-# %% ../../nbs/bench/85_data.ipynb #0f1da3e2
+# %% ../../nbs/bench/85_data.ipynb #3d1bb78d
 class Peaks:
-    "`with Peaks() as p:` looks five times a second at the most memory that this process and each process it started has had so far (Linux): `p.own` and `p.worker`, the largest of them, in bytes."
+    "`with Peaks() as p:` looks twenty times a second at the memory of this process and of each process that it started (Linux): `p.own` and `p.worker`, the largest, in bytes. Pages of mapped files are left out."
     def __enter__(self) -> "Peaks":
         self.own = self.worker = 0
         self.over = threading.Event()
@@ -54,16 +54,16 @@ class Peaks:
     def _look(self) -> None:
         from multiprocessing import active_children
         while True:
-            over = self.over.wait(.2)
-            self.own = max(self.own, self._peak("self"))
-            self.worker = max([self.worker, *(self._peak(child.pid) for child in active_children())])
+            over = self.over.wait(.05)
+            self.own = max(self.own, self._now("self"))
+            self.worker = max([self.worker, *(self._now(child.pid) for child in active_children())])
             if over: return
 
-    def _peak(self, process: int | str) -> int:
-        try: return next(int(line.split()[1]) * 1024 for line in Path(f"/proc/{process}/status").read_text().splitlines() if line.startswith("VmHWM"))
+    def _now(self, process: int | str) -> int:
+        try: return next(int(line.split()[1]) * 1024 for line in Path(f"/proc/{process}/status").read_text().splitlines() if line.startswith("RssAnon"))
         except (OSError, StopIteration): return 0
 
-# %% ../../nbs/bench/85_data.ipynb #2b7728a2
+# %% ../../nbs/bench/85_data.ipynb #f8d8c223
 def read_once(path: str, cache: str, workers: int | None) -> dict:
     "Read the file at `path` into `cache` in this process; seconds, rows, tokens, and the peak bytes of this process and of the largest worker."
     from rwkv_peft.data.records import read_data
@@ -78,7 +78,7 @@ def read_once(path: str, cache: str, workers: int | None) -> dict:
         train, held_out = data.split(.02)
     return {"seconds": seconds, "rows": len(train) + len(held_out), "tokens": data.tokens, "own": peaks.own, "worker": peaks.worker, "workers": workers, "peak": peaks.own + workers * peaks.worker}
 
-# %% ../../nbs/bench/85_data.ipynb #7f316610
+# %% ../../nbs/bench/85_data.ipynb #30424545
 def measure_file(size: int, workers: int | None = None) -> dict:
     "Make a file of `size` bytes, read it in a process of its own, and delete everything again. RuntimeError with the process's last words when it fails."
     with tempfile.TemporaryDirectory() as folder:
@@ -92,13 +92,13 @@ def measure_file(size: int, workers: int | None = None) -> dict:
         found = json.loads(ran.stdout.splitlines()[-1])
     return {"bytes": bytes_, **found, "mb_per_second": bytes_ / found["seconds"] / 1e6}
 
-# %% ../../nbs/bench/85_data.ipynb #cbf98ad1
+# %% ../../nbs/bench/85_data.ipynb #4e429cd5
 def bench_data(size: int = 1_000_000_000, workers: int | None = None) -> dict:
     "A file of a tenth of `size` bytes and one of `size`: speed of the larger, and its peak memory over that of the smaller."
     rows = [measure_file(size // 10, workers), measure_file(size, workers)]
     return {"rows": rows, "mb_per_second": rows[1]["mb_per_second"], "memory_growth": rows[1]["peak"] / rows[0]["peak"]}
 
-# %% ../../nbs/bench/85_data.ipynb #b71cacee
+# %% ../../nbs/bench/85_data.ipynb #87b229c9
 def data_table(result: dict) -> str:
     "The result of `bench_data` as lines of text."
     lines = [f"{'MB':>8} {'rows':>10} {'tokens':>12} {'seconds':>8} {'MB/s':>7} {'peak MiB':>9}  of which this process, each of the workers"]
@@ -106,7 +106,7 @@ def data_table(result: dict) -> str:
         lines.append(f"{r['bytes'] / 1e6:8.0f} {r['rows']:10,} {r['tokens']:12,} {r['seconds']:8.1f} {r['mb_per_second']:7.1f} {r['peak'] / 2**20:9.0f}  {r['own'] / 2**20:.0f}, {r['workers'] if r['worker'] else 0} x {r['worker'] / 2**20:.0f}")
     return "\n".join(lines + [f"peak memory, ten times the file over one: {result['memory_growth']:.2f}"])
 
-# %% ../../nbs/bench/85_data.ipynb #73cdb9e2
+# %% ../../nbs/bench/85_data.ipynb #48f0f120
 def data_figures(result: dict) -> dict[str, float]:
     "The figures of `bench_data` that have a bar."
     return {"data_mb_per_second": result["mb_per_second"], "data_memory_growth": result["memory_growth"]}

@@ -4,6 +4,7 @@ _public = {"DataError": "rows",
            "TEMPLATES": "chat", "STOPS": "chat", "prompt_of": "chat", "lint": "chat",
            "Example": "masks",
            "Binidx": "binidx", "BinidxWriter": "binidx", "magic_prime": "binidx", "magic_order": "binidx",
+           "Stored": "stored", "Report": "views",
            "read_data": "records", "Dataset": "records",
            "batches": "batches", "Batch": "batches"}
 __getattr__, __dir__ = lazy(__name__, _public)

@@ -58,14 +58,15 @@ class Dataset:
         if self.tokenizer is None: raise DataError("this data set has no tokenizer to show text with; set .tokenizer")
         return self.tokenizer
 
-# %% ../../nbs/data/35_records.ipynb #2e743801
+# %% ../../nbs/data/35_records.ipynb #1680bc3a
 def split_dataset(data: Dataset, fraction: float = .02, seed: int = 0) -> tuple[Dataset, Dataset]:
     "(train, held out) by content: equal rows fall on the same side, and neither side is empty unless `fraction` is 0."
-    salt = f"{seed}:".encode()
-    parts = split_digests([sha256(salt + ids.astype("<i8").tobytes()).digest() for ids in ids_of(data.examples)], fraction)
+    salt, digests = f"{seed}:".encode(), bytearray()
+    for ids in ids_of(data.examples): digests += sha256(salt + ids.astype("<i8").tobytes()).digest()
+    parts = split_digests(digests, fraction)
     return tuple(replace(data, examples=take(data.examples, part)) for part in parts)
 
-# %% ../../nbs/data/35_records.ipynb #0fc875bd
+# %% ../../nbs/data/35_records.ipynb #9993933b
 def without_repeats(data: Dataset, near: float | None = None) -> Dataset:
     "The rows less those whose text repeats an earlier one (`views.repeats`); `facts[\"repeated\"]` lists what went."
     data._reader()
@@ -73,7 +74,7 @@ def without_repeats(data: Dataset, near: float | None = None) -> Dataset:
     kept, rows = np.setdiff1d(np.arange(len(data)), gone), rows_of(data.examples)
     return replace(data, examples=take(data.examples, kept), facts={**data.facts, "repeated": sorted([*data.facts.get("repeated", ()), *(int(rows[i]) for i in gone)])} if gone else data.facts)
 
-# %% ../../nbs/data/35_records.ipynb #2513d979
+# %% ../../nbs/data/35_records.ipynb #1037d78e
 def fingerprint_of(data: Dataset) -> str:
     "32 hex digits of everything that training sees: tokenizer, tokens and weights in order."
     digest = sha256(str(getattr(data.tokenizer, "name", None)).encode())
@@ -115,7 +116,7 @@ def _settings(tokenizer, ctx_len, long, untrained) -> None:
     if long not in ("refuse", "cut", "drop"): raise DataError(f"long={long!r} isn't known; use 'refuse', 'cut' or 'drop'")
     if untrained not in ("refuse", "drop"): raise DataError(f"untrained={untrained!r} isn't known; use 'refuse' or 'drop'")
 
-# %% ../../nbs/data/35_records.ipynb #c02ead91
+# %% ../../nbs/data/35_records.ipynb #56467a92
 BIG, SMALL = 32 << 20, 4 << 20      # bytes: a larger file's rows are kept on disk; a smaller one isn't worth starting processes
 
 def _tasks(source: Source, pairs: Iterable[tuple[int, Any]], together: int = 500) -> Iterator[tuple[int, Any]]:
@@ -123,7 +124,7 @@ def _tasks(source: Source, pairs: Iterable[tuple[int, Any]], together: int = 500
     while part := list(islice(pairs, together)): yield part[0][0], part
 
 def encode_to_disk(source: Source, pairs: Iterable[tuple[int, Any]], recipe: Recipe, cache: str | Path | None = None, workers: int | None = None, **more: Any) -> tuple[Stored, dict]:
-    "(examples, facts) of rows that are encoded into a folder of `cache` by several processes, or found there. Without a file there is nothing to find them by; they are named by what they hold."
+    "(examples, facts) of rows that are encoded into a folder of `cache` by several processes, or found there. Rows that come from no file are never found again: there is nothing to find them by."
     home, file = Path(cache) if cache is not None else cache_home(), source.path is not None and Path(source.path).is_file()
     little = Path(source.path).stat().st_size < SMALL if file else hasattr(source.data, "__len__") and len(source.data) < 5000
     workers = 1 if workers is None and little else worker_count(workers)
@@ -134,10 +135,11 @@ def encode_to_disk(source: Source, pairs: Iterable[tuple[int, Any]], recipe: Rec
     if not folder.exists():
         print(f"{source.name}: encoding with {1 if facts else workers} process{'es' * (not facts and workers > 1)}, once; kept in {folder}")
         store(folder, encode_tasks(_tasks(source, pairs), recipe, 1 if facts else workers), None if recipe.shape == "ids" else getattr(recipe.tokenizer, "vocab_size", None))
-    kept = json.loads((folder / "kept.json").read_text(encoding="utf-8"))
-    return Stored(folder, recipe.tokenizer), {**facts, "kept": str(folder), "ignored": kept["ignored"]}
+    try: rows, kept = Stored(folder, recipe.tokenizer), json.loads((folder / "kept.json").read_text(encoding="utf-8"))
+    except (DataError, OSError, ValueError) as e: raise DataError(f"{folder} was kept from an earlier reading and is damaged ({e}); delete it") from None
+    return rows, {**facts, "kept": str(folder), "ignored": kept["ignored"]}
 
-# %% ../../nbs/data/35_records.ipynb #8e8d1807
+# %% ../../nbs/data/35_records.ipynb #47454890
 def _documents(path: Path) -> Iterator[tuple[int, dict]]:
     return ((i, {"input_ids": ids.tolist()}) for i, ids in enumerate(Stored(path).ids, 1))
 

@@ -7,7 +7,7 @@ __all__ = ['SPAN', 'ENTRY', 'Block', 'block_of', 'StoredWriter', 'StoredExample'
            'trained_of', 'rows_of', 'ids_of', 'blocks_of', 'Recipe', 'encode_pairs', 'can_travel', 'encode_task',
            'worker_count', 'encode_tasks', 'told', 'content_key', 'cache_home', 'store']
 
-# %% ../../nbs/data/34_stored.ipynb #9415c515
+# %% ../../nbs/data/34_stored.ipynb #d18efa6b
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -38,7 +38,7 @@ from .masks import Example, encode_row
 from .binidx import Binidx, BinidxWriter
 from ..model.tokenizer import Bytes, World
 
-# %% ../../nbs/data/34_stored.ipynb #879349cb
+# %% ../../nbs/data/34_stored.ipynb #f00b5ab6
 SPAN = np.dtype([("tokens", "<u4"), ("weight", "<f4")])
 
 @lru_cache(maxsize=4)
@@ -52,7 +52,7 @@ def _borders(example: Example, tokens: np.ndarray, tokenizer: Any) -> np.ndarray
     at = np.searchsorted(reached, ends, "right")
     return at[(at > 0) & (at < len(tokens)) & (reached[at - 1] == ends)]
 
-# %% ../../nbs/data/34_stored.ipynb #870fc885
+# %% ../../nbs/data/34_stored.ipynb #b769d569
 ENTRY = np.dtype([("row", "<i8"), ("spans", "<i8"), ("trained", "<i8"), ("first", "<f4")])     # spans: where the row's end, counted over all rows
 
 @dataclass
@@ -64,7 +64,7 @@ class Block:
     entries: np.ndarray
     ignored: set = field(default_factory=set)
 
-# %% ../../nbs/data/34_stored.ipynb #e90ae2cb
+# %% ../../nbs/data/34_stored.ipynb #0d062fdf
 def _joined(parts: list[np.ndarray], dtype: Any) -> np.ndarray:
     return np.concatenate(parts).astype(dtype, copy=False) if parts else np.zeros(0, dtype)
 
@@ -85,7 +85,7 @@ def block_of(examples: Sequence[Example], tokenizer: Any = None, ignored: Iterab
     entries["spans"] = np.searchsorted(at, ends)
     return Block(tokens, sizes, spans, entries, set(ignored))
 
-# %% ../../nbs/data/34_stored.ipynb #8945ea04
+# %% ../../nbs/data/34_stored.ipynb #7751a2e4
 class StoredWriter:
     "Writes blocks into `folder`: `extend(block)`, then `close()`, which gives the files their names. As a context manager it closes at the end, and after an error leaves nothing new."
     def __init__(self, folder: str | Path, vocab_size: int | None = None):
@@ -117,7 +117,7 @@ class StoredWriter:
     def __enter__(self) -> "StoredWriter": return self
     def __exit__(self, kind, error, trace) -> None: self.close() if kind is None else self.discard()
 
-# %% ../../nbs/data/34_stored.ipynb #b9c97cd8
+# %% ../../nbs/data/34_stored.ipynb #0220d1c0
 class StoredExample(Example):
     "An `Example` whose `segments` are decoded from its tokens and spans when somebody looks."
     def __init__(self, ids: np.ndarray, spans: np.ndarray, first: float, row: int, tokenizer: Any):
@@ -133,7 +133,7 @@ class StoredExample(Example):
         texts = [(self.tokenizer.decode(self.tokens[a:b].tolist()), w) for a, b, w in zip([0, *ends], ends, self.spans["weight"].tolist())]
         return tuple((text, w) for text, w in texts if text)
 
-# %% ../../nbs/data/34_stored.ipynb #8d7e0cd7
+# %% ../../nbs/data/34_stored.ipynb #fa04feef
 def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
     if not path.is_file(): raise DataError(f"{path.parent} has no {path.name}; read the data again")
     if path.stat().st_size % dtype.itemsize: raise DataError(f"{path} is cut short: {path.stat().st_size:,} bytes aren't whole entries of {dtype.itemsize}; read the data again")
@@ -144,7 +144,7 @@ def _clipped(spans: np.ndarray, most: int) -> np.ndarray:
     clipped["tokens"] = np.diff(ends, prepend=0)
     return clipped[clipped["tokens"] > 0]
 
-# %% ../../nbs/data/34_stored.ipynb #6b7048ed
+# %% ../../nbs/data/34_stored.ipynb #73f89897
 class Stored(Sequence):
     """The rows of a folder that `StoredWriter` wrote, or the documents of a binidx (every token counts), as a sequence of `Example`. A DataError names what is damaged.
 
@@ -185,26 +185,26 @@ class Stored(Sequence):
         first, row = (0.0, i + 1) if self.entries is None else (self.entries["first"][i], int(self.entries["row"][i]))
         return StoredExample(self._ids(i), self._spans(i), first, row, self.tokenizer)
 
-# %% ../../nbs/data/34_stored.ipynb #6100c2f3
+# %% ../../nbs/data/34_stored.ipynb #1dfe6acf
 def take(examples: Sequence[Example], index: Sequence[int]) -> Sequence[Example]:
     "The examples at `index` (0-based, in that order): a list of a list, a view of a `Stored`."
     if not isinstance(examples, Stored): return [examples[i] for i in index]
     return examples._view(examples._places()[np.asarray(index, np.int64)], examples.most)
 
-# %% ../../nbs/data/34_stored.ipynb #2eab1901
+# %% ../../nbs/data/34_stored.ipynb #3f033438
 def cut_to(examples: Sequence[Example], ctx_len: int) -> Sequence[Example]:
     "The examples with at most `ctx_len` + 1 tokens each, the start kept."
     if isinstance(examples, Stored): return examples._view(examples.index, min(ctx_len, examples.most or ctx_len))
     return [Example(e.tokens[:ctx_len + 1].clone(), e.weights[:ctx_len + 1].clone(), e.row, e.segments) if e.length > ctx_len else e for e in examples]
 
-# %% ../../nbs/data/34_stored.ipynb #72a33a18
+# %% ../../nbs/data/34_stored.ipynb #239e28c9
 def lengths_of(examples: Sequence[Example]) -> Sequence[int]:
     "T of each example: a list of a list, an int64 array of a `Stored`."
     if not isinstance(examples, Stored): return [e.length for e in examples]
     sizes = examples.ids.sizes[examples._places()].astype(np.int64)
     return np.maximum((sizes if examples.most is None else np.minimum(sizes, examples.most + 1)) - 1, 0)
 
-# %% ../../nbs/data/34_stored.ipynb #7c419b1d
+# %% ../../nbs/data/34_stored.ipynb #4c69abd4
 def trained_of(examples: Sequence[Example]) -> Sequence[int]:
     "How many tokens of each example have a weight above 0: a list, or an int64 array."
     if not isinstance(examples, Stored): return [e.trained for e in examples]
@@ -213,19 +213,19 @@ def trained_of(examples: Sequence[Example]) -> Sequence[int]:
     for i in [] if examples.most is None else np.flatnonzero(examples.ids.sizes[at] > examples.most + 1): counts[i] = examples[i].trained
     return counts
 
-# %% ../../nbs/data/34_stored.ipynb #d1d37902
+# %% ../../nbs/data/34_stored.ipynb #9945ad6f
 def rows_of(examples: Sequence[Example]) -> Sequence[int]:
     "The row number of each example: a list, or an int64 array."
     if not isinstance(examples, Stored): return [e.row for e in examples]
     return examples._places() + 1 if examples.entries is None else examples.entries["row"][examples._places()]
 
-# %% ../../nbs/data/34_stored.ipynb #27d2d359
+# %% ../../nbs/data/34_stored.ipynb #a75844e1
 def ids_of(examples: Sequence[Example]) -> Iterator[np.ndarray]:
     "The tokens of each example, int64, without the rest of it."
     if not isinstance(examples, Stored): yield from (e.tokens.numpy() for e in examples)
     else: yield from (examples._ids(i).astype(np.int64) for i in examples._places())
 
-# %% ../../nbs/data/34_stored.ipynb #bfec42e0
+# %% ../../nbs/data/34_stored.ipynb #dd31f0fe
 def blocks_of(examples: Sequence[Example], tokenizer: Any = None, together: int = 1000) -> Iterator[Block]:
     "The examples in blocks of `together` rows; those of a `Stored` are copied as they lie, undecoded."
     for a in range(0, len(examples), together):
@@ -236,7 +236,7 @@ def blocks_of(examples: Sequence[Example], tokenizer: Any = None, together: int 
         entries["row"], entries["trained"], entries["spans"] = rows_of(part), trained_of(part), np.cumsum([len(s) for s in spans])
         yield Block(_joined(ids, ids[0].dtype), np.array([len(x) for x in ids], np.int32), _joined(spans, SPAN), entries)
 
-# %% ../../nbs/data/34_stored.ipynb #af897c31
+# %% ../../nbs/data/34_stored.ipynb #1834962e
 @dataclass(frozen=True)
 class Recipe:
     "How rows of one shape become examples. `place` names a row in errors, as in `my.jsonl line`; `first` is the row that decided the shape."
@@ -252,7 +252,7 @@ class Recipe:
     mask_id: Any = None
     format: str = "jsonl"      # of blocks of lines
 
-# %% ../../nbs/data/34_stored.ipynb #fd6aa686
+# %% ../../nbs/data/34_stored.ipynb #8f192bc2
 def encode_pairs(pairs: Iterable[tuple[int, Any]], recipe: Recipe) -> tuple[list[Example], set]:
     "(examples, keys that nobody reads) of (number, value) pairs. A DataError names the first row that can't be used."
     examples, ignored = [], set()
@@ -263,28 +263,28 @@ def encode_pairs(pairs: Iterable[tuple[int, Any]], recipe: Recipe) -> tuple[list
         examples.append(encode_row(row, recipe.template, recipe.loss_mask, recipe.tokenizer, f"{recipe.place} {number}", recipe.mask_id, recipe.bos, recipe.eos))
     return examples, ignored
 
-# %% ../../nbs/data/34_stored.ipynb #d6410d80
+# %% ../../nbs/data/34_stored.ipynb #2ee996de
 def can_travel(recipe: Recipe) -> bool:
     "Whether another process can be given the recipe: nothing in it was defined in the main script or the notebook."
     try: sent = pickle.dumps(recipe)
     except (pickle.PicklingError, AttributeError, TypeError): return False
     return b"__main__" not in sent
 
-# %% ../../nbs/data/34_stored.ipynb #5fe77aae
+# %% ../../nbs/data/34_stored.ipynb #3fc5ed26
 def encode_task(task: tuple[int, Any], recipe: Recipe) -> Block:
     "The `Block` of a task: (number of the first line, whole lines as bytes), or (any number, a list of (number, value))."
     first, load = task
     examples, ignored = encode_pairs(parse_block(first, load, recipe.place, recipe.format) if isinstance(load, bytes) else load, recipe)
     return block_of(examples, recipe.tokenizer, ignored)
 
-# %% ../../nbs/data/34_stored.ipynb #bb8a42ae
+# %% ../../nbs/data/34_stored.ipynb #51c138d7
 def worker_count(workers: int | None = None) -> int:
     "How many processes encode: as told, or one a core and at most eight."
     if workers is None: return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1: raise DataError(f"workers={workers!r} must be a whole number of processes, at least 1")
     return workers
 
-# %% ../../nbs/data/34_stored.ipynb #0bb3a857
+# %% ../../nbs/data/34_stored.ipynb #c53aa6d7
 _RECIPE = None      # a worker's own
 
 def _begin(recipe: Recipe) -> None:
@@ -316,7 +316,7 @@ def encode_tasks(tasks: Iterable[tuple[int, Any]], recipe: Recipe, workers: int 
     except BrokenProcessPool: raise DataError(f"one of {workers} worker processes ended before its work was done, perhaps for want of memory; say workers=1 to encode in this process") from None
     finally: pool.shutdown(cancel_futures=True)
 
-# %% ../../nbs/data/34_stored.ipynb #164a11b9
+# %% ../../nbs/data/34_stored.ipynb #de255ff4
 def _names(code: CodeType) -> set[str]:
     return set(code.co_names).union(*(_names(c) for c in code.co_consts if isinstance(c, CodeType)))
 
@@ -327,7 +327,7 @@ def _module(value: ModuleType) -> str:
 def told(value: Any, seen: tuple = ()) -> str:
     "A text that is equal only for values that do the same: plain values, our templates, functions with their code and all that they use. For anything else it's never the same twice."
     if isinstance(value, FunctionType) and value in TEMPLATES.values(): return f"template {value.__name__}"
-    if isinstance(value, (World, Bytes)): return f"tokenizer {value.name}"
+    if type(value) in (World, Bytes): return f"tokenizer {value.name}"
     if value is None or type(value) in (str, bytes, int, float, bool): return repr(value)
     if isinstance(value, ModuleType): return _module(value)
     if isinstance(value, CodeType): return f"{value.co_code.hex()} {value.co_names} {value.co_varnames} {told(value.co_consts)}"
@@ -339,21 +339,22 @@ def told(value: Any, seen: tuple = ()) -> str:
     closed = [cell.cell_contents for cell in value.__closure__ or ()]
     return f"{told(value.__code__)} {told([used, closed, value.__defaults__, value.__kwdefaults__], (*seen, value))}"
 
-# %% ../../nbs/data/34_stored.ipynb #112be9c5
+# %% ../../nbs/data/34_stored.ipynb #02d5e70f
 def content_key(path: str | Path, recipe: Recipe, **more: Any) -> str:
     "32 hex digits of the file's bytes and of everything else that the encoded rows depend on."
     settings = {name: getattr(recipe, name) for name in ("tokenizer", "template", "loss_mask", "shape", "fields", "bos", "eos", "mask_id", "format")}
     digest = sha256(told([settings, more, metadata.version("rwkv_peft"), "layout 1"]).encode())
-    with open(path, "rb") as file:
-        while part := file.read(1 << 20): digest.update(part)
+    for each in (path, Path(path).with_suffix(".idx")) if recipe.format == "binidx" else (path,):
+        with open(each, "rb") as file:
+            while part := file.read(1 << 20): digest.update(part)
     return digest.hexdigest()[:32]
 
-# %% ../../nbs/data/34_stored.ipynb #8e10fd3d
+# %% ../../nbs/data/34_stored.ipynb #2091e140
 def cache_home() -> Path:
     "Where encoded rows are kept unless `cache=` says otherwise: ~/.cache/rwkv_peft. A folder in it may be deleted at any time; it's made again when needed."
     return Path.home() / ".cache" / "rwkv_peft"
 
-# %% ../../nbs/data/34_stored.ipynb #707022f8
+# %% ../../nbs/data/34_stored.ipynb #aae39b1b
 def store(folder: str | Path, blocks: Iterable[Block], vocab_size: int | None = None) -> Path:
     "Write the blocks into `folder`, which is there whole or not at all, with a note of their rows and unread keys in kept.json. Returns the folder; one that is there already is left alone."
     folder = Path(folder)

@@ -7,7 +7,7 @@ __all__ = ['LOOKED_AT', 'percentile', 'padding_efficiency', 'histogram', 'Report
            'show_text', 'split_digests', 'split_rows', 'normal', 'shingles', 'minhash', 'repeats', 'Problems',
            'sample_of', 'some', 'report_of', 'text_problems', 'mask_problems', 'check_dataset']
 
-# %% ../../nbs/data/33_views.ipynb #03951e7e
+# %% ../../nbs/data/33_views.ipynb #5805720d
 from collections.abc import Sequence
 from hashlib import sha256
 from typing import Any
@@ -21,13 +21,13 @@ from .rows import DataError
 from ..show.curve import spark
 from ..show.html import Html, escape, table, tag, token_ribbon
 
-# %% ../../nbs/data/33_views.ipynb #620438f8
+# %% ../../nbs/data/33_views.ipynb #ccb204d0
 def percentile(lengths: Sequence[int], q: float) -> int:
     "The smallest length that at least a share `q` of the rows doesn't exceed (nearest rank)."
     ordered = np.sort(np.asarray(lengths, np.int64))
     return int(ordered[max(0, math.ceil(q * len(ordered)) - 1)]) if len(ordered) else 0
 
-# %% ../../nbs/data/33_views.ipynb #da3e63cf
+# %% ../../nbs/data/33_views.ipynb #3fea1934
 def padding_efficiency(lengths: Sequence[int], micro_bsz: int) -> float:
     "The share of positions that are real tokens when rows of like length share a batch of `micro_bsz`."
     ordered = np.sort(np.asarray(lengths, np.int64))
@@ -35,14 +35,14 @@ def padding_efficiency(lengths: Sequence[int], micro_bsz: int) -> float:
     ends = np.minimum(starts + micro_bsz, len(ordered))
     return int(ordered.sum()) / max(1, int(((ends - starts) * ordered[ends - 1]).sum()))
 
-# %% ../../nbs/data/33_views.ipynb #b2be9b87
+# %% ../../nbs/data/33_views.ipynb #6e10fe63
 def histogram(lengths: Sequence[int], bins: int = 16) -> str:
     "One character for each of `bins` equal ranges from 0 to the longest."
     n = np.asarray(lengths, np.int64)
     top = int(n.max(initial=1)) or 1
     return spark(np.bincount(np.minimum(bins - 1, n * bins // (top + 1)), minlength=bins).tolist())
 
-# %% ../../nbs/data/33_views.ipynb #591244ea
+# %% ../../nbs/data/33_views.ipynb #5b822f79
 class Report(dict):
     "What is in a data set: a dictionary with a table for notebooks and lines for shells."
 
@@ -58,7 +58,7 @@ class Report(dict):
         notes = [tag("div", "⚠ ", note) for note in self.get("notes", [])]
         return tag("div", table(self.lines()), *notes)._repr_html_()
 
-# %% ../../nbs/data/33_views.ipynb #028b2644
+# %% ../../nbs/data/33_views.ipynb #bb5dac4f
 def pieces_of(example: Example, tokenizer: Any) -> list[tuple[str, list[int], float]]:
     "(text, ids, weight) of the smallest groups of tokens that are whole characters; the weight is the group's mean."
     found, ids, weights, held = [], [], [], b""
@@ -76,7 +76,7 @@ def pieces_of(example: Example, tokenizer: Any) -> list[tuple[str, list[int], fl
     put(held.decode(errors="replace"))
     return found
 
-# %% ../../nbs/data/33_views.ipynb #e0d39cb6
+# %% ../../nbs/data/33_views.ipynb #529d4479
 def show_example(example: Example, tokenizer: Any, name: str = "row") -> Html:
     "The example's tokens as a ribbon, painted and underlined where they are trained, ids on hover. Text stays text."
     pieces = pieces_of(example, tokenizer)
@@ -84,13 +84,13 @@ def show_example(example: Example, tokenizer: Any, name: str = "row") -> Html:
     legend = f"{name} · underlined is trained: {example.trained:,} of {example.length:,} tokens"
     return token_ribbon([text for text, _, _ in pieces], [w for _, _, w in pieces], titles, legend)
 
-# %% ../../nbs/data/33_views.ipynb #24dc2b56
+# %% ../../nbs/data/33_views.ipynb #2b5989a1
 def visible(text: str) -> str:
     "`text` for a terminal: characters of control and of format as \\x1b or \\u202e, a line break as ↵ and a break."
     shown = lambda c: "↵\n" if c == "\n" else c if unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp") or c == "\u200d" else f"\\x{ord(c):02x}" if ord(c) < 256 else f"\\u{ord(c):04x}"
     return "".join(map(shown, text))
 
-# %% ../../nbs/data/33_views.ipynb #9f19994f
+# %% ../../nbs/data/33_views.ipynb #20e849dd
 def show_text(example: Example, tokenizer: Any, name: str = "row", colour: bool = True) -> str:
     "The example for a terminal: trained text underlined and blue, or between ⟦ and ⟧ without `colour`; a legend at the end."
     runs: list[list] = []
@@ -101,14 +101,14 @@ def show_text(example: Example, tokenizer: Any, name: str = "row", colour: bool 
     painted = "".join(f"{on}{text}{off}" if trained else text for text, trained in runs)
     return f"{painted}\n{visible(name)}: {'underlined' if colour else 'between ⟦ and ⟧'} is trained, {example.trained:,} of {example.length:,} tokens"
 
-# %% ../../nbs/data/33_views.ipynb #fb222fe1
-def split_digests(digests: Sequence[bytes], fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    "(kept, held out) indices, int64: about `fraction` of the rows held out, equal digests (32 bytes) together, neither side empty unless `fraction` is 0."
+# %% ../../nbs/data/33_views.ipynb #a5fb80fb
+def split_digests(digests: bytes, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    "(kept, held out) indices, int64: about `fraction` of the rows held out, equal digests (32 bytes each, one after another) together, neither side empty unless `fraction` is 0."
     if not 0 <= fraction < 1: raise DataError(f"the held-out share is {fraction}, but it must be at least 0 and below 1")
-    n = len(digests)
-    words = np.frombuffer(b"".join(digests), ">u8").reshape(n, 4).astype(np.uint64)
-    order = np.lexsort(words.T[::-1])
-    starts = np.flatnonzero(np.concatenate([np.ones(min(n, 1), bool), (words[order[1:]] != words[order[:-1]]).any(1)]))
+    words = np.frombuffer(digests, ">u8").reshape(-1, 4).T
+    n, order, new = words.shape[1], np.lexsort(words[::-1]), np.zeros(max(0, words.shape[1] - 1), bool)
+    for column in words: new |= np.diff(column[order].astype(np.uint64)) != 0
+    starts = np.concatenate([[0], np.flatnonzero(new) + 1])[:n]
     if fraction and len(starts) < 2: raise DataError(f"{n} row{'s' * (n != 1)} with {len(starts)} different content can't be split; set the held-out share to 0 or add rows")
     wanted, held, taken, counts = round(fraction * n), [], 0, np.diff(starts, append=n).tolist()
     for start, count in zip(starts[:-1].tolist() if fraction else [], counts):
@@ -119,18 +119,18 @@ def split_digests(digests: Sequence[bytes], fraction: float) -> tuple[np.ndarray
     if held: out[np.concatenate(held)] = True
     return np.flatnonzero(~out), np.flatnonzero(out)
 
-# %% ../../nbs/data/33_views.ipynb #6585092b
+# %% ../../nbs/data/33_views.ipynb #0361d202
 def split_rows(keys: Sequence[bytes], fraction: float, seed: int = 0) -> tuple[list[int], list[int]]:
     "`split_digests` of any keys: hashed with the seed, equal keys fall on the same side."
-    kept, held = split_digests([sha256(f"{seed}:".encode() + key).digest() for key in keys], fraction)
+    kept, held = split_digests(b"".join(sha256(f"{seed}:".encode() + key).digest() for key in keys), fraction)
     return kept.tolist(), held.tolist()
 
-# %% ../../nbs/data/33_views.ipynb #459cd31f
+# %% ../../nbs/data/33_views.ipynb #e475b504
 def normal(text: str) -> str:
     "The text by which two rows are compared: NFKC, white space collapsed, case kept."
     return " ".join(unicodedata.normalize("NFKC", text).split())
 
-# %% ../../nbs/data/33_views.ipynb #92930cd1
+# %% ../../nbs/data/33_views.ipynb #4f153783
 _PRIME = (1 << 31) - 1
 _FACTORS, _SHIFTS = np.random.default_rng(0).integers(1, _PRIME, (2, 64)).astype(np.uint64)
 
@@ -142,15 +142,15 @@ def shingles(text: str, size: int = 5) -> np.ndarray:
     for column in runs.T: hashes = (hashes * np.uint64(1000003) + column + np.uint64(1)) % np.uint64(_PRIME)
     return np.unique(hashes)
 
-# %% ../../nbs/data/33_views.ipynb #6ca5a156
+# %% ../../nbs/data/33_views.ipynb #792ef757
 def minhash(hashes: np.ndarray) -> np.ndarray:
     "64 smallest hashes, uint64 (64,): two sets agree in each with the probability of their Jaccard likeness."
     return np.min([np.min((hashes[a:a + 4096, None] * _FACTORS + _SHIFTS) % np.uint64(_PRIME), 0) for a in range(0, len(hashes), 4096)], 0)
 
-# %% ../../nbs/data/33_views.ipynb #cb7f2efa
+# %% ../../nbs/data/33_views.ipynb #9474bd76
 def repeats(texts: Sequence[str], near: float | None = None) -> list[tuple[int, int]]:
     """(index, index of the earlier one that it repeats) of every text that says the same as an earlier one that is kept; `texts` is gone through once.
-    near: also those whose Jaccard likeness is at least this, 0.5 to 1. That takes about 3 KB of memory a kept text."""
+    near: also those whose Jaccard likeness is at least this, 0.5 to 1. That takes about 5 KB of memory, and 4 bytes a character, for every text that is kept."""
     if near is not None and not 0.5 <= near <= 1: raise DataError(f"near={near!r} must be a likeness from 0.5 to 1, such as 0.8; leave it out for rows that are the same")
     found, first, bands, sets, r = [], {}, {}, {}, 2 if near and near < .7 else 4
     for i, text in enumerate(map(normal, texts)):
@@ -167,7 +167,7 @@ def repeats(texts: Sequence[str], near: float | None = None) -> list[tuple[int, 
         first[key] = i
     return found
 
-# %% ../../nbs/data/33_views.ipynb #8a089869
+# %% ../../nbs/data/33_views.ipynb #0c52d759
 class Problems(list):
     "Rows of {row, problem}, as a table in notebooks and lines in shells; `notes` says how far was looked."
     notes: tuple = ()
@@ -176,19 +176,19 @@ class Problems(list):
         shown = table([[p["row"], p["problem"]] for p in self], ["row", "problem"]) if self else escape("no problems found")
         return str(tag("div", shown, *(tag("div", note) for note in self.notes)))
 
-# %% ../../nbs/data/33_views.ipynb #6edad472
+# %% ../../nbs/data/33_views.ipynb #3cbf5790
 LOOKED_AT = 20_000     # rows whose text is looked at, evenly spread, when there are more
 
 def sample_of(n: int, most: int = LOOKED_AT) -> np.ndarray:
     "At most `most` of the indices 0 to n-1, evenly spread, int64."
     return np.arange(n) if n <= most else np.unique(np.linspace(0, n - 1, most).astype(np.int64))
 
-# %% ../../nbs/data/33_views.ipynb #c23f3be0
+# %% ../../nbs/data/33_views.ipynb #18a64d01
 def some(rows: Sequence[int], most: int = 5) -> str:
     "The first few numbers, and how many more there are."
     return ", ".join(map(str, rows[:most])) + (f" and {len(rows) - most:,} more" if len(rows) > most else "")
 
-# %% ../../nbs/data/33_views.ipynb #38a761c4
+# %% ../../nbs/data/33_views.ipynb #048cd816
 _DONE = (("cut", "longer than ctx_len were cut"), ("dropped", "longer than ctx_len were dropped"), ("untrained", "with nothing to train were dropped"), ("repeated", "that repeat another were left out"))
 
 def report_of(data: Any, micro_bsz: int = 8, rows_per_step: int = 16) -> Report:
@@ -208,12 +208,12 @@ def report_of(data: Any, micro_bsz: int = 8, rows_per_step: int = 16) -> Report:
                   steps_per_epoch=-(-len(data) // rows_per_step), rows_per_step=rows_per_step, ctx_len=facts.get("ctx_len"), template=facts.get("template"), loss_mask=facts.get("loss_mask"),
                   tokenizer=getattr(data.tokenizer, "name", None), source=facts.get("source"), notes=notes)
 
-# %% ../../nbs/data/33_views.ipynb #b9756efa
+# %% ../../nbs/data/33_views.ipynb #6b31bf71
 def text_problems(data: Any, i: int) -> list[str]:
     "What the linter says of row `i`."
     return lint(data[i].segments, data.tokenizer, data.facts.get("bos", True), data.facts.get("eos", True))
 
-# %% ../../nbs/data/33_views.ipynb #a66d449f
+# %% ../../nbs/data/33_views.ipynb #1163d202
 def mask_problems(data: Any, i: int, example: Example) -> list[str]:
     "What the mask of row `i` did wrong, in a sentence each."
     said, facts, top = [], data.facts, getattr(data.tokenizer, "vocab_size", None)
@@ -226,10 +226,10 @@ def mask_problems(data: Any, i: int, example: Example) -> list[str]:
 
 def _endless(data: Any, ends: list[bool]) -> list[dict]:
     if not ends or any(ends): return []
-    why = "rows have no end (eos=False)" if data.facts.get("eos") is False else "the last token, id 0 where a document ends, has weight 0 everywhere"
+    why = "rows have no end (eos=False)" if data.facts.get("eos") is False else "no row ends in an id 0 that has a weight"
     return [{"row": "all rows", "problem": f"the end is never trained: {why}, so the model won't learn to stop"}]
 
-# %% ../../nbs/data/33_views.ipynb #85797024
+# %% ../../nbs/data/33_views.ipynb #5de83f7a
 _FATES = (("dropped", "is longer than ctx_len and was dropped"), ("untrained", "has no trained token and was dropped"), ("repeated", "repeats another row and was left out"))
 
 def check_dataset(data: Any, held_out: Any = None, most: int = LOOKED_AT) -> Problems:
