@@ -2,6 +2,7 @@ from rwkv_peft import lazy
 
 _public = {"DataError": "rows",
            "TEMPLATES": "chat", "STOPS": "chat", "prompt_of": "chat", "lint": "chat",
+_public = {"DataError": "rows", "open_source": "sources", "iter_rows": "sources", "read_rows": "sources",
            "Example": "masks",
            "Binidx": "binidx", "BinidxWriter": "binidx", "magic_prime": "binidx", "magic_order": "binidx",
            "Stored": "stored", "Report": "views",

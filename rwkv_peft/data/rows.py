@@ -55,6 +55,8 @@ def _nearest(row: Mapping, known: Mapping[str, list], fields: Mapping[str, str])
 # %% ../../nbs/data/10_rows.ipynb #9b37d271
 def shape_of(row: Mapping, fields: Mapping[str, str], where: str) -> str:
     "The shape whose keys `row` has, one of `KEYS`. `fields` renames keys; `where` names the place in a DataError."
+    plain = [name for name, keys in KEYS.items() if all(k in row for k in keys)] if not fields and not any(k in row for k in ALIASES.values()) else ()
+    if len(plain) == 1 and all(row[k] is not None for k in KEYS[plain[0]]): return plain[0]      # nearly every row
     known = {name: [_key(row, k, fields) for k in keys] for name, keys in KEYS.items() if not fields or set(fields) & {*keys, *OPTIONAL.get(name, ())}}
     found = [name for name, keys in known.items() if all(row.get(k) is not None for k in keys)]
     twice = [(k, other) for k, other in ALIASES.items() if not fields and row.get(k) is not None and isinstance(_listed(row.get(other)), (list, tuple))]
