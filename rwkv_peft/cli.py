@@ -189,17 +189,21 @@ def tokenizer_of(word: str):
 def data_convert(source: Annotated[str, typer.Argument(metavar="IN", help="rows, or a .bin and .idx by either name")], out: Annotated[str, typer.Argument(metavar="OUT", help="the pair's name without .bin; or a .jsonl, for the way back")],
                  epochs: Annotated[int, typer.Option(min=1, help="how often each row comes")] = 1, ctx_len: Annotated[Optional[int], typer.Option(min=1, help="print the magic prime and the trainer's options for this length")] = None,
                  tokenizer: Annotated[str, typer.Option(help="world or bytes")] = "world", template: Annotated[Optional[str], typer.Option(help="for rows of turns; the usual one if left out")] = None,
+                 field: Annotated[Optional[list[str]], typer.Option(metavar="OURS=YOURS", help="a key of another name, as text=content; may be given several times")] = None,
+                 split: Annotated[Optional[str], typer.Option(help="some rows only, as train[:1000]")] = None,
                  shuffle: Annotated[bool, typer.Option("--shuffle/--no-shuffle", help="each epoch in an order of its own")] = True, seed: Annotated[int, typer.Option(min=0, help="for the orders")] = 0,
                  append_eod: Annotated[bool, typer.Option("--append-eod/--no-append-eod", help="id 0 after every document")] = True, workers: Annotated[int, typer.Option(min=1, help="processes for a large file")] = 2,
                  ids: Annotated[bool, typer.Option("--ids", help="on the way back: numbers in place of text")] = False, force: Force = False):
     "Write rows as binidx, or binidx as rows."
-    from rwkv_peft.data.convert import convert, summary, to_jsonl, trainer_words
+    from rwkv_peft.data.convert import summary, to_binidx, to_jsonl, trainer_words
     back, words = out.endswith(".jsonl") and source.endswith((".bin", ".idx")), tokenizer_of(tokenizer)
-    if back and (epochs > 1 or template or not append_eod): raise typer.BadParameter("--epochs, --template and --no-append-eod are for writing a pair, not for the way back")
+    if back and (epochs > 1 or template or field or split or not append_eod): raise typer.BadParameter("--epochs, --template, --field, --split and --no-append-eod are for writing a pair, not for the way back")
+    fields = dict(word.partition("=")[::2] for word in field or ())
+    if not all(fields.values()): raise typer.BadParameter("--field is OURS=YOURS, as in --field text=content")
     if ids and not back: raise typer.BadParameter("--ids is for the way back, from OUT.bin to a .jsonl")
     with progress() as tell:
-        found = to_jsonl(source, out, tokenizer=words, ids=ids, force=force, tell=tell) if back else convert(
-            source, out, epochs=epochs, shuffle=shuffle, seed=seed, tokenizer=words, template=template, append_eod=append_eod, workers=workers, force=force, tell=tell)
+        found = to_jsonl(source, out, tokenizer=words, ids=ids, force=force, tell=tell) if back else to_binidx(
+            source, out, epochs=epochs, shuffle=shuffle, seed=seed, tokenizer=words, template=template, fields=fields, split=split, append_eod=append_eod, workers=workers, force=force, tell=tell)
     print(summary(found))
     if ctx_len: print(trainer_words(source if back else out, found["tokens"], ctx_len))
 
