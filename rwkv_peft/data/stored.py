@@ -20,6 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
+import gc
 import json
 import multiprocessing
 import operator
@@ -292,6 +293,7 @@ def _begin(recipe: Recipe) -> None:
     _RECIPE = recipe
     signal.signal(signal.SIGINT, signal.SIG_IGN)      # Ctrl-C is the parent's
     torch.set_num_threads(1)
+    gc.freeze()      # what is there now needn't be looked at again
 
 def _ready() -> None: pass
 def _work(task: tuple[int, Any]) -> Block: return encode_task(task, _RECIPE)
