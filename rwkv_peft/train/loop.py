@@ -38,6 +38,7 @@ from .config import Config, ConfigError, recorded
 from .evaluate import evaluate, trained_bytes
 from .events import EventLog, event, read_events, timeline
 from .folder import OwnRandomness, checkpoints, folder_of, holds_run, load_checkpoint, load_config, load_rows, prune, save_changes, save_checkpoint, save_config, save_rows
+from .infctx import infctx
 from .loss import LossScale, on_device, over_ranks, penalty_of, trained_tokens
 from .strategy import accelerator_on, add_up, clip_and_norm, copies, from_all, from_first, moments_of, ranks, set_moments, share, take_back, whole, zero_of
 from .optim import default_lr, lorafa_groups, lr_at, make_optimizer, methods_of, moment_bytes, optimizer_groups, set_lr, update_of
@@ -388,6 +389,7 @@ def prepare(run: Run):
     if config.adapter: run.methods = [*model.attached.methods]
     model.grad_cp = run.device.type == "cuda" if config.grad_cp == "auto" else config.grad_cp
     if config.backend != "auto": model.backend = config.backend
+    infctx(model, config.chunk_ctx, config.bptt)
     run.held_out_bytes = trained_bytes(run.held_out, tokenizer) if run.held_out else 0
     run.model, run.scale = model.train(), LossScale(next(model.parameters()).dtype)
     run.settled = settle(config, len(run.loader), default_lr(run.methods))
