@@ -37,7 +37,7 @@ from ..peft.lisa import refit, refuse_with_zero
 from .config import Config, ConfigError, recorded
 from .evaluate import evaluate, trained_bytes
 from .events import EventLog, event, read_events, timeline
-from .folder import OwnRandomness, checkpoints, folder_of, holds_run, load_checkpoint, load_config, load_rows, prune, save_changes, save_checkpoint, save_config, save_rows
+from .folder import OwnRandomness, checkpoints, folder_of, holds_run, load_checkpoint, load_config, load_rows, prune, save_changes, save_checkpoint, save_config, save_rows, sweep
 from .infctx import infctx
 from .loss import LossScale, on_device, over_ranks, penalty_of, trained_tokens
 from .strategy import accelerator_on, add_up, clip_and_norm, copies, from_all, from_first, moments_of, ranks, set_moments, share, take_back, whole, zero_of
@@ -478,6 +478,7 @@ def begin(run: Run) -> Iterator[dict]:
     run.folder = Path(from_first(run.accelerator, str(run.folder)))      # its name may be a date
     if not resuming and run.rank == 0 and holds_run(run.folder): raise ConfigError(_taken(run.folder))
     if s.lr_init is None: find_rate(run)
+    if run.rank == 0: sweep(run.folder)
     if run.rank: pass
     elif not resuming:
         try: run.folder.mkdir(parents=True, exist_ok=True)
