@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 import asyncio
+import json
 import math
 import os
 import platform
@@ -38,6 +39,7 @@ from .config import Config, ConfigError, recorded
 from .evaluate import evaluate, trained_bytes
 from .events import EventLog, event, read_events, timeline
 from .folder import OwnRandomness, checkpoints, folder_of, holds_run, load_checkpoint, load_config, load_rows, prune, save_changes, save_checkpoint, save_config, save_rows
+from .launch import RankError, environment, follow, in_file, is_launched, launcher, processes_of
 from .loss import LossScale, accumulate, on_device, over_ranks, penalty_of, trained_tokens
 from .optim import default_lr, lorafa_groups, lr_at, make_optimizer, methods_of, moment_bytes, optimizer_groups, set_lr, update_of
 
@@ -361,19 +363,13 @@ def prepare(run: Run):
     "Rows, base model, adapters: everything but the folder. Done once; errors are those of the data and of the checkpoint, in a sentence each."
     if run.model is not None: return
     config, resuming = run.config, run.config.resume
+    prints = _read(run)
     if config.backend != "auto" and not backends()[config.backend][0]: raise ConfigError(f"backend: {config.backend!r} can't be used here: {backends()[config.backend][1]}")
-    run.methods = methods_of(config)
-    if config.model is None: raise ConfigError(f"model: run {run.folder.name!r} was made over a model object that has no file; hand the same model over again, finetune(model=..., resume=True, ...)")
-    tokenizer = tokenizer_for(config_of(read(config.model)).vocab_size) if isinstance(config.model, str) else config.model.tokenizer
-    if resuming: run.data, run.held_out, prints = load_rows(run.folder, tokenizer)
-    else: run.data, run.held_out = read_rows_of(config, tokenizer)
-    run.loader = Loader(run.data, config.micro_bsz or 1, config.dataload, config.ctx_len, config.seed, magic_prime=config.magic_prime)
     model = load_base(config)
     left = resuming and left_by(model, run.folder)
     run.base = model.attached.base if left else fingerprint(model)
-    if resuming: check_same(run, prints, tokenizer)
+    if resuming: check_same(run, prints, run.tokenizer)
     if left: take_off(model, run.methods)
-    run.tokenizer = tokenizer
     run.device = next(model.parameters()).device
     run.random = OwnRandomness(config.seed, str(run.device))
     with run.random:
@@ -383,9 +379,20 @@ def prepare(run: Run):
     if config.adapter: run.methods = [*model.attached.methods]
     model.grad_cp = run.device.type == "cuda" if config.grad_cp == "auto" else config.grad_cp
     if config.backend != "auto": model.backend = config.backend
-    run.held_out_bytes = trained_bytes(run.held_out, tokenizer) if run.held_out else 0
+    run.held_out_bytes = trained_bytes(run.held_out, run.tokenizer) if run.held_out else 0
     run.model, run.scale = model.train(), LossScale(next(model.parameters()).dtype)
     run.settled = settle(config, len(run.loader), default_lr(run.methods))
+
+def _read(run: Run) -> dict | None:
+    "Tokeniser, rows and their loader; returns the fingerprints that a run to be resumed began with."
+    config, prints = run.config, None
+    run.methods = methods_of(config)
+    if config.model is None: raise ConfigError(f"model: run {run.folder.name!r} was made over a model object that has no file; hand the same model over again, finetune(model=..., resume=True, ...)")
+    run.tokenizer = tokenizer_for(config_of(read(config.model)).vocab_size) if isinstance(config.model, str) else config.model.tokenizer
+    if config.resume: run.data, run.held_out, prints = load_rows(run.folder, run.tokenizer)
+    else: run.data, run.held_out = read_rows_of(config, run.tokenizer)
+    run.loader = Loader(run.data, config.micro_bsz or 1, config.dataload, config.ctx_len, config.seed, magic_prime=config.magic_prime)
+    return prints
 
 # %% ../../nbs/train/70_loop.ipynb #95a8c7b4
 def left_by(model: nn.Module, folder: Path) -> bool:
@@ -468,12 +475,7 @@ def begin(run: Run) -> Iterator[dict]:
     resuming, s = run.config.resume, run.settled
     if not resuming and holds_run(run.folder): raise ConfigError(_taken(run.folder))
     if s.lr_init is None: find_rate(run)
-    if not resuming:
-        try: run.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error: raise ConfigError(f"output: {str(run.folder)!r} can't be made ({error.strerror}); choose another folder") from None
-        save_config(run.folder, run.config, {"name": run.folder.name, **{k: getattr(s, k) for k in ("micro_bsz", "accumulate", "lr_init", "lr_final", "warmup_steps")}})
-        save_rows(run.folder, run.data, run.held_out, run.base)
-        save_looked_at(run)
+    if not resuming: _write(run)
     else: save_changes(run.folder, run.asked.given)
     run.log = EventLog(run.folder / "events.jsonl")
     run.accelerator = accelerator_on(run.device)
@@ -485,12 +487,13 @@ def begin(run: Run) -> Iterator[dict]:
     if resuming: go_on(run)
     told = {k: recorded(v) for k, v in {**run.config.given, "name": run.folder.name, **vars(s)}.items() if v is not None}
     yield run.say("start", config=told, versions=_versions(), plan=run.plan(), data=dict(run.data.report(s.micro_bsz)), folder=str(run.folder))
-    if resuming: yield run.say("resumed", step=run.step)
+    again = resuming and len(run.events) > 1      # ranks resume what was written for them, and begin it all the same
+    if again: yield run.say("resumed", step=run.step)
     for word in said_of_pages(run): yield run.say("warning", message=word)
-    for word in (*run.told, *run.loader.notes()) if not resuming else (): yield run.say("warning", message=word)
-    if not resuming and len(run.methods) > 1 and run.config.lr_init is None and any(n.endswith(".time_state") for n in run.trained):
+    for word in (*run.told, *run.loader.notes()) if not again else (): yield run.say("warning", message=word)
+    if not again and len(run.methods) > 1 and run.config.lr_init is None and any(n.endswith(".time_state") for n in run.trained):
         yield run.say("warning", message=f"the state is tuned at the same rate as the rest, {s.lr_init:g}, and may want a much higher one; set lr_init, or tune one after the other")
-    if not resuming and run.held_out is None: yield run.say("warning", message="no rows are held out, so nothing tells whether the model gets better on rows that it has not seen, and the last weights are kept; set eval_split or eval_data")
+    if not again and run.held_out is None: yield run.say("warning", message="no rows are held out, so nothing tells whether the model gets better on rows that it has not seen, and the last weights are kept; set eval_split or eval_data")
 
 # %% ../../nbs/train/70_loop.ipynb #7597fc35
 def said_of_pages(run: Run) -> list[str]:
@@ -514,6 +517,37 @@ def _taken(folder: Path) -> str: return f"name: {str(folder)!r} holds a run alre
 def _versions() -> dict:
     from importlib.metadata import version
     return {"python": platform.python_version(), **{name: version(name) for name in ("rwkv_peft", "torch", "accelerate", "numpy")}}
+
+
+def _write(run: Run):
+    "Makes the folder of a new run and fills it: settings, rows, and those that EVA was given."
+    s = run.settled
+    try: run.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error: raise ConfigError(f"output: {str(run.folder)!r} can't be made ({error.strerror}); choose another folder") from None
+    save_config(run.folder, run.config, {"name": run.folder.name, **{k: getattr(s, k) for k in ("micro_bsz", "accumulate", "lr_init", "lr_final", "warmup_steps")}})
+    save_rows(run.folder, run.data, run.held_out, run.base)
+    save_looked_at(run)
+
+
+def _hand_over(run: Run):
+    "Writes what the ranks read. The base itself isn't loaded, unless a learning rate must be found."
+    config = run.config
+    if not in_file(config): raise ConfigError("devices: other processes can't read a model that has no file; save it and give the file, or say devices = 1")
+    if getattr(config.model, "attached", None): raise ConfigError("model: it carries adapters, and other processes read its file, which doesn't; merge(model) and save it, or detach(model)")
+    run.config, given, run.model = config.changed(model=recorded(config.model)), config.model, None
+    prints = _read(run)
+    run.base = fingerprint(read(run.config.model))
+    if not isinstance(given, str) and fingerprint(given) != run.base: raise ConfigError(f"model: it is no longer what {run.config.model} holds, which is what other processes read; save it and give the new file")
+    if prints:
+        check_same(run, prints, run.tokenizer)
+        return save_changes(run.folder, run.asked.given)
+    if holds_run(run.folder): raise ConfigError(_taken(run.folder))
+    run.settled, run.methods = settle(run.config, len(run.loader), default_lr(run.methods)), [look_at_rows(run, m) for m in run.methods]
+    if run.settled.lr_init is None:
+        prepare(run)
+        find_rate(run)
+        run.model = run.trained = None
+    _write(run)
 
 # %% ../../nbs/train/70_loop.ipynb #01c6f5e3
 def plan_of(run: Run) -> dict:
@@ -555,6 +589,7 @@ class Run:
         self.asked, self.folder = config, folder_of(config.output, config.name)
         if not config.resume and holds_run(self.folder): raise ConfigError(_taken(self.folder))
         config, self.told = plain_words(config)
+        self.followed = False      # is this a rank, whose words another process reads?
         self.config = load_config(self.folder, config.given) if config.resume else config
         self.methods, self.starts, self.looked_at = [], {}, None
         self.model = self.data = self.held_out = self.log = self.rates = self.saved = self.best_step = self.error = None
@@ -649,15 +684,14 @@ def events_of(run: Run) -> Iterator[dict]:
     run.working, run.error = False, None
     try:
         _mark(run, going=True)
-        yield from begin(run)
-        yield from train(run)
+        yield from _elsewhere(run) if is_launched(run.config) else _here(run)
     except (GeneratorExit, KeyboardInterrupt):
         if run.log and not run.working:
             for said in halt(run): pass
         raise
     except Exception as error:
         run.error = TrainingError(str(error)) if isinstance(error, OSError) and run.log else error
-        if run.log: yield last_words(run, run.error)
+        if run.log and _to_say(run, run.error): yield last_words(run, run.error)
         raise run.error from error
     finally:
         _mark(run, going=False)
@@ -668,13 +702,45 @@ def events_of(run: Run) -> Iterator[dict]:
 
 def _going() -> TrainingError: return TrainingError("this run is going already; wait for it, or stop() it first")
 
+def _here(run: Run) -> Iterator[dict]:
+    if not in_file(run.config) and processes_of(run.config.changed(model="")) > 1: run.told.append("devices: other devices can't read a model that has no file, so this run uses one; save it and give the file to use them all")
+    yield from begin(run)
+    yield from train(run)
+
+def _to_say(run: Run, error: Exception) -> bool:
+    "Not what was said, and in a rank only what it knows: another rank's end looks strange from there."
+    return not getattr(error, "said", False) and not (run.followed and not isinstance(error, (TrainingError, ConfigError)))
+
 # %% ../../nbs/train/70_loop.ipynb #379b4b89
 def last_words(run: Run, error: Exception) -> dict:
     "The `error` event. It is kept in memory when the disk has no room even for this."
-    rows = getattr(error, "rows", [])
+    rows, more = getattr(error, "rows", []), {"traceback": error.traceback} if getattr(error, "traceback", "") else {}
     texts = [run.tokenizer.decode(run.data[i].tokens.tolist())[:500] for i in rows[:3]]
-    try: return run.say("error", step=run.step, message=str(error), error_type=type(error).__name__, rows=rows, where=[run.data.where(i) for i in rows[:3]], text=texts)
+    try: return run.say("error", step=run.step, message=str(error), error_type=type(error).__name__, rows=rows, where=[run.data.where(i) for i in rows[:3]], text=texts, **more)
     except OSError: return run.log.events[-1]
+
+def _elsewhere(run: Run) -> Iterator[dict]:
+    "The events of a run whose ranks are processes of their own."
+    _hand_over(run)
+    config, run.working, run.log = run.config, True, EventLog(run.folder / "events.jsonl")
+    processes, asked = processes_of(config), lambda: "stop" if run.asked_to_stop() else "pause" if run.asked_to_pause() else "go"
+    told = json.dumps({"model": run.asked.model if config.resume and isinstance(run.asked.model, str) else None, "warnings": run.told})
+    command = [*launcher(processes, config.nodes, config.node_rank, config.master), "-m", "rwkv_peft.train.launch", str(run.folder), told]
+    if config.node_rank: yield event("warning", message=f"this is host {config.node_rank} of {config.nodes}: what happens, and what comes out, is written on host 0")
+    try:
+        for said in follow(run.folder, command, environment(processes, config.master), asked):
+            run.log.events.append(said)
+            run.step = said.get("step", run.step)
+            yield said
+    except RankError as found:
+        last = run.log.events[-1] if run.log.events and run.log.events[-1]["event"] == "error" else {}
+        kind = {"ConfigError": ConfigError, "FileNotFoundError": FileNotFoundError}.get(last.get("error_type", found.kind), TrainingError)
+        kept = checkpoints(run.folder)
+        error = kind(last.get("message") or f"{found}; {f'checkpoint step-{kept[-1]} is kept' if kept else 'no checkpoint was written yet'}; what the ranks printed is in {run.folder / 'ranks' / 'log.txt'}")
+        error.said, error.rows, error.traceback = bool(last), last.get("rows", []), found.traceback
+        raise error from found
+    finally: run.log = EventLog(run.folder / "events.jsonl")
+    if config.node_rank: yield event("done", step=run.step, best_step=None, message=f"host {config.node_rank} has done its part; the results are on host 0")
 
 # %% ../../nbs/train/70_loop.ipynb #5a46e27f
 def finetune(**settings) -> Run:
