@@ -361,7 +361,7 @@ def halt(run: Run) -> Iterator[dict]:
 # %% ../../nbs/train/70_loop.ipynb #acecf12f
 def prepare(run: Run):
     "Rows, base model, adapters: everything but the folder. Done once; errors are those of the data and of the checkpoint, in a sentence each."
-    if run.model is not None: return
+    if run.prepared: return
     config, resuming = run.config, run.config.resume
     prints = _read(run)
     if config.backend != "auto" and not backends()[config.backend][0]: raise ConfigError(f"backend: {config.backend!r} can't be used here: {backends()[config.backend][1]}")
@@ -381,7 +381,7 @@ def prepare(run: Run):
     if config.backend != "auto": model.backend = config.backend
     run.held_out_bytes = trained_bytes(run.held_out, run.tokenizer) if run.held_out else 0
     run.model, run.scale = model.train(), LossScale(next(model.parameters()).dtype)
-    run.settled = settle(config, len(run.loader), default_lr(run.methods))
+    run.settled, run.prepared = settle(config, len(run.loader), default_lr(run.methods)), True
 
 def _read(run: Run) -> dict | None:
     "Tokeniser, rows and their loader; returns the fingerprints that a run to be resumed began with."
@@ -535,18 +535,21 @@ def _hand_over(run: Run):
     if not in_file(config): raise ConfigError("devices: other processes can't read a model that has no file; save it and give the file, or say devices = 1")
     if getattr(config.model, "attached", None): raise ConfigError("model: it carries adapters, and other processes read its file, which doesn't; merge(model) and save it, or detach(model)")
     run.config, given, run.model = config.changed(model=recorded(config.model)), config.model, None
+    run.prepared = False
     prints = _read(run)
     run.base = fingerprint(read(run.config.model))
-    if not isinstance(given, str) and fingerprint(given) != run.base: raise ConfigError(f"model: it is no longer what {run.config.model} holds, which is what other processes read; save it and give the new file")
+    if not isinstance(given, str) and (fingerprint(given), given.tokenizer.name) != (run.base, run.tokenizer.name): raise ConfigError(f"model: it is no longer what {run.config.model} holds, which is what other processes read; save it and give the new file")
     if prints:
         check_same(run, prints, run.tokenizer)
         return save_changes(run.folder, run.asked.given)
     if holds_run(run.folder): raise ConfigError(_taken(run.folder))
     run.settled, run.methods = settle(run.config, len(run.loader), default_lr(run.methods)), [look_at_rows(run, m) for m in run.methods]
+    ranks = processes_of(config) * config.nodes
+    if run.settled.accumulate < ranks: run.told.append(f"accumulate: {run.settled.accumulate} micro-batches make a step and {ranks} ranks share them, so {ranks - run.settled.accumulate} have nothing to do; set accumulate to {ranks} or more")
     if run.settled.lr_init is None:
         prepare(run)
         find_rate(run)
-        run.model = run.trained = None
+        run.model, run.trained, run.prepared = None, None, False
     _write(run)
 
 # %% ../../nbs/train/70_loop.ipynb #01c6f5e3
@@ -589,7 +592,7 @@ class Run:
         self.asked, self.folder = config, folder_of(config.output, config.name)
         if not config.resume and holds_run(self.folder): raise ConfigError(_taken(self.folder))
         config, self.told = plain_words(config)
-        self.followed = False      # is this a rank, whose words another process reads?
+        self.followed, self.prepared = False, False      # followed: is this a rank, whose words another process reads?
         self.config = load_config(self.folder, config.given) if config.resume else config
         self.methods, self.starts, self.looked_at = [], {}, None
         self.model = self.data = self.held_out = self.log = self.rates = self.saved = self.best_step = self.error = None
@@ -649,6 +652,19 @@ def _work(run: Run):
         run.working = False
 
 Run.say, Run.work = _say, _work
+
+def _model(run: Run) -> nn.Module | None:
+    "What trains here; or, once ranks have trained, their result, read when it is first asked for."
+    if run.here is None and not run.prepared and run.log and run.log.events and run.log.events[-1]["event"] == "done": run.here = _result(run, run.log.events[-1]["results"])
+    return run.here
+
+def _result(run: Run, names: list[str]) -> nn.Module:
+    if "model.pth" in names: return load(run.folder / "model.pth")
+    model = load_base(run.config)
+    load_adapter(model, run.folder / "adapter")
+    return quantize(model, run.config.quant, run.config.int8_matmul)
+
+Run.model = property(_model, lambda run, model: setattr(run, "here", model))
 
 # %% ../../nbs/train/70_loop.ipynb #a6aea05b
 def _over(run: Run) -> threading.Event: return getattr(run.thread, "finished", run.ended)
