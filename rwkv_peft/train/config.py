@@ -21,7 +21,8 @@ __all__ = ['METHODS', 'METHOD_WORDS', 'SHORTHAND', 'TAKES', 'PAIRED', 'ConfigErr
            'Schedule', 'Optimiser', 'Hardware', 'Keeping', 'words', 'expected', 'nearest', 'sentences', 'is_foreign',
            'foreign_table', 'recorded', 'is_text_or_method', 'check_method', 'Config', 'check_later', 'check_sources',
            'check_places', 'check_devices', 'spoken', 'check_beside', 'check_storage', 'check_optimiser',
-           'check_combinations', 'check_rows', 'state_only', 'to_toml', 'read_toml', 'from_toml', 'settings_table']
+           'check_strategy', 'check_combinations', 'check_rows', 'state_only', 'to_toml', 'read_toml', 'from_toml',
+           'settings_table']
 
 # %% ../../nbs/train/10_config.ipynb #9a6e94cd
 class ConfigError(ValueError):
@@ -108,7 +109,7 @@ class Hardware(BaseModel):
     grad_cp: bool | Literal["auto"] = setting("auto", "recompute each block in the backward pass to save memory; auto: on a GPU")
     backend: Literal["auto", "loop", "chunk", "cpu", "fla", "cuda"] = setting("auto", "implementation of the recurrence")
     strategy: Literal["auto", "ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_2_offload", "deepspeed_stage_3", "deepspeed_stage_3_offload"] = setting(
-        "auto", "how several devices share the work", later=("ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_2_offload", "deepspeed_stage_3", "deepspeed_stage_3_offload"))
+        "auto", "how several devices share the work; auto: ddp, or nothing for one; deepspeed: they divide moments (1), gradients too (2), weights too (3), offload: in RAM")
     devices: int | Literal["auto"] = setting("auto", "number of devices on this host, a process for each; auto: every GPU", gt=0)
     nodes: int = setting(1, "number of hosts that train together, each with its devices", gt=0)
     node_rank: int = setting(0, "with nodes: the number of this host; 0 is the one that writes", ge=0)
@@ -386,6 +387,16 @@ def check_optimiser(config: Config):
         raise ValueError(f"optim: {config.optim!r} saves moments of the model's own matrices, and {' and '.join(repr(w) for w in words)} trains none of them; use 'adamw', or peft = 'none'")
     if not set(words) & set(PAIRED): raise ValueError(f"optim: {config.optim!r} is for the pair A, B of LoRA and its kin, and {' and '.join(repr(w) for w in words)} has none; use 'adamw', or peft = 'lora'")
 
+# %% ../../nbs/train/10_config.ipynb #f3767e65
+def check_strategy(config: Config):
+    "What can't be divided: DeepSpeed hands an optimiser flat pieces, in which there are no matrices, and has no loss of float16 here."
+    if not config.strategy.startswith("deepspeed"): return
+    way = "use strategy = 'ddp'"
+    if find_spec("deepspeed") is None: raise ValueError(f"strategy: {config.strategy!r} needs DeepSpeed, which is not installed (it exists for Linux); {way}")
+    why = {"lorafa": "looks at the A beside each B", "apollo": "looks at whole matrices", "apollo_mini": "looks at whole matrices", "adamw8bit": "keeps scales beside its moments", "paged_adamw8bit": "keeps scales beside its moments"}.get(config.optim)
+    if why: raise ValueError(f"optim: {config.optim!r} {why}, and {config.strategy!r} hands an optimiser flat pieces; use optim = 'adamw', or {way}")
+    if config.precision == "fp16": raise ValueError(f"precision: 'fp16' needs the loss scaled, and {config.strategy!r} trains in fp32 and bf16 here; use 'bf16' or 'fp32', or {way}")
+
 # %% ../../nbs/train/10_config.ipynb #356c38e8
 def check_combinations(config: Config):
     "Settings that contradict each other."
@@ -396,6 +407,7 @@ def check_combinations(config: Config):
     check_beside(peft)
     check_storage(config)
     check_optimiser(config)
+    check_strategy(config)
     if config.int8_matmul != "dequant" and config.quant != "int8": raise ValueError(f"int8_matmul = {config.int8_matmul!r} is the product of int8 matrices; say quant = 'int8' as well")
     if config.epochs is not None and config.max_steps is not None: raise ValueError("epochs and max_steps both say how long the run is; give one of them")
     shorthand = [n for n in SHORTHAND if n in config.model_fields_set and getattr(config, n) != type(config).model_fields[n].default]

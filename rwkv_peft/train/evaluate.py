@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from ..data.batches import batches
 from .config import ConfigError
-from .loss import on_device
+from .loss import on_device, over_ranks
 
 # %% ../../nbs/train/60_evaluate.ipynb #620c6233
 def trained_bytes(examples: Sequence, tokenizer) -> float:
@@ -26,18 +26,21 @@ def trained_bytes(examples: Sequence, tokenizer) -> float:
 
 # %% ../../nbs/train/60_evaluate.ipynb #976acefa
 @torch.no_grad()
-def evaluate(model: nn.Module, examples: Sequence, micro_bsz: int = 8, n_bytes: float | None = None, stop: Callable[[], bool] = lambda: False) -> dict | None:
+def evaluate(model: nn.Module, examples: Sequence, micro_bsz: int = 8, n_bytes: float | None = None, stop: Callable[[], bool] = lambda: False, accelerator=None) -> dict | None:
     """Held-out loss of `model` on the trained tokens of `examples`: `loss` (nats a token), `bits_per_byte`, `tokens`. Dropout is off meanwhile.
 
-    `n_bytes`: what `trained_bytes` counted, to save counting again. None when `stop()` turned true on the way. ConfigError when no token is trained."""
+    `n_bytes`: what `trained_bytes` counted, to save counting again. None when `stop()` turned true on the way. ConfigError when no token is trained.
+    accelerator: an `accelerate.Accelerator`, whose processes share the work; all must ask, and all get the same."""
+    share = {"rank": accelerator.process_index, "world": accelerator.num_processes} if accelerator else {}
     device, nats, tokens, was_training = next(model.parameters()).device, 0.0, 0.0, model.training
     model.eval()
     try:
-        for batch in batches(examples, micro_bsz=micro_bsz):
+        for batch in batches(examples, micro_bsz=micro_bsz, **share):
             if stop(): return None
             nats += model(**on_device(batch, device))[0].double().item()
             tokens += batch.weights.sum(dtype=torch.float64).item()
     finally: model.train(was_training)
+    if accelerator: nats, tokens = over_ranks(accelerator, nats), over_ranks(accelerator, tokens)
     if not tokens: raise ConfigError("eval_data: no token of the held-out rows is trained, so there is no loss; check loss_mask and ctx_len")
     n_bytes = n_bytes if n_bytes is not None else trained_bytes(examples, model.tokenizer)
     return {"loss": nats / tokens, "bits_per_byte": nats / math.log(2) / n_bytes if n_bytes else None, "tokens": tokens}

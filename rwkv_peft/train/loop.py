@@ -40,15 +40,16 @@ from .evaluate import evaluate, trained_bytes
 from .events import EventLog, event, read_events, timeline
 from .folder import OwnRandomness, checkpoints, folder_of, holds_run, load_checkpoint, load_config, load_rows, prune, save_changes, save_checkpoint, save_config, save_rows
 from .launch import RankError, environment, follow, in_file, is_launched, launcher, processes_of
-from .loss import LossScale, accumulate, on_device, over_ranks, penalty_of, trained_tokens
+from .loss import LossScale, on_device, over_ranks, penalty_of, trained_tokens
+from .strategy import accelerator_on, add_up, clip_and_norm, copies, from_all, from_first, moments_of, ranks, set_moments, share, stage_of, take_back, whole, zero_of
 from .optim import default_lr, lorafa_groups, lr_at, make_optimizer, methods_of, moment_bytes, optimizer_groups, set_lr, update_of
 
 # %% auto #0
-__all__ = ['TrainingError', 'Feed', 'patient', 'accelerator_on', 'read_rows_of', 'in_windows', 'load_base', 'settle',
-           'plain_words', 'gradient_of', 'take_step', 'turn', 'peak_memory', 'not_finite', 'examine', 'speak', 'keep',
-           'put_back', 'starts_of', 'go_on', 'finish', 'save_results', 'train', 'halt', 'prepare', 'left_by',
-           'take_off', 'check_same', 'make_trainable', 'look_at_rows', 'save_looked_at', 'begin', 'said_of_pages',
-           'find_rate', 'plan_of', 'report_of', 'Run', 'events_of', 'last_words', 'finetune']
+__all__ = ['TrainingError', 'Feed', 'patient', 'read_rows_of', 'in_windows', 'load_base', 'settle', 'plain_words', 'gradient_of',
+           'take_step', 'turn', 'peak_memory', 'not_finite', 'examine', 'speak', 'keep', 'put_back', 'starts_of',
+           'go_on', 'release', 'finish', 'save_results', 'train', 'halt', 'prepare', 'left_by', 'take_off',
+           'check_same', 'make_trainable', 'look_at_rows', 'save_looked_at', 'begin', 'said_of_pages', 'find_rate',
+           'plan_of', 'report_of', 'Run', 'asked', 'events_of', 'last_words', 'finetune']
 
 # %% ../../nbs/train/70_loop.ipynb #d54764fe
 class TrainingError(RuntimeError):
@@ -101,15 +102,6 @@ def patient(asked):
     try: yield
     finally: signal.signal(signal.SIGINT, before or signal.default_int_handler)
 
-# %% ../../nbs/train/70_loop.ipynb #6277f382
-def accelerator_on(device: torch.device):
-    "An `accelerate.Accelerator` for one process on `device`, without autocast."
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, PartialState
-    held = getattr(PartialState._shared_state.get("device"), "type", device.type)
-    if held != device.type or AcceleratorState._shared_state.get("_mixed_precision", "no") != "no": AcceleratorState._reset_state(reset_partial_state=True)
-    return Accelerator(cpu=device.type == "cpu", mixed_precision="no")
-
 # %% ../../nbs/train/70_loop.ipynb #19710a52
 def read_rows_of(config: Config, tokenizer) -> tuple[Dataset, Dataset | None]:
     "(rows to train on, rows held out or None) that the settings name, encoded. The loaders that cut at ctx_len get whole rows to train on, and held-out rows in windows of ctx_len, so that none of their tokens goes uncounted."
@@ -141,7 +133,7 @@ def in_windows(data: Dataset, ctx_len: int) -> Dataset:
 def load_base(config: Config) -> nn.Module:
     "The base model that the settings name, in the type that they ask for; every weight that trains is at least fp32."
     if not isinstance(config.model, str): return config.model
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = config.device or (f"cuda:{ranks()[2]}" if torch.cuda.is_available() else "cpu")
     kinds = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "auto": torch.bfloat16 if fastest_dtype(device) == torch.bfloat16 else torch.float32}
     whole = config.peft == "none" or any(hasattr(m, "names") for m in methods_of(config))      # methods that train the model's own tensors name them
     return load(config.model, device=device, dtype=torch.float32 if whole else kinds[config.precision])
@@ -172,10 +164,10 @@ def plain_words(config: Config) -> tuple[Config, list[str]]:
 def gradient_of(run: Run, taken: Sequence[Batch], total: float) -> tuple[float, float]:
     "Gradients of a step over `taken`, clipped: returns the loss and the gradient's norm before clipping, the same on every rank. In float16 an overflow means another try with a smaller factor."
     while True:
-        with run.random: sums = accumulate(run.model, taken, run.accelerator.backward, total, run.accelerator.num_processes * run.scale.factor, **penalty_of(run.config))
+        with run.random: sums = add_up(run.engine, taken, total, run.world * run.scale.factor, **penalty_of(run.config))
         run.scale.undo(run.trained.values())
-        norm = run.accelerator.clip_grad_norm_(run.trained.values(), run.config.grad_clip or math.inf).item()
         loss = over_ranks(run.accelerator, sums.double().sum().item()) / total
+        norm = clip_and_norm(run.engine, run.trained.values(), run.config.grad_clip) if math.isfinite(loss) else math.nan
         if not math.isfinite(loss) or run.scale.holds(norm): return loss, norm
         run.optimizer.zero_grad(set_to_none=True)
 
@@ -187,20 +179,20 @@ def take_step(run: Run) -> dict:
     taken, lr = run.feed.take(left), lr_at(run.step, s.steps, s.lr_init, s.lr_final, run.config.lr_schedule, s.warmup_steps)
     set_lr(run.optimizer, lr)
     total = over_ranks(run.accelerator, trained_tokens(taken))
-    loss, norm = gradient_of(run, taken, total or 1.)
-    if not (math.isfinite(loss) and math.isfinite(norm)): raise not_finite(run, taken, loss, norm)
-    if total: run.optimizer.step()
+    loss, norm = gradient_of(run, taken, total) if total else (0., 0.)
+    if not (math.isfinite(loss) and math.isfinite(norm)): raise not_finite(run, loss, norm)
+    if total and not zero_of(run.engine): run.optimizer.step()      # DeepSpeed has taken it
     run.optimizer.zero_grad(set_to_none=True)
     run.step += 1
-    turn(run)
-    return {"step": run.step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": sum(b.read for b in taken),
+    turn(run, run.optimizer)
+    return {"step": run.step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": int(over_ranks(run.accelerator, sum(b.read for b in taken))),
             "seconds": time.perf_counter() - began, "memory": peak_memory(run.device), "rows": run.feed.rows}
 
 # %% ../../nbs/train/70_loop.ipynb #57a347c4
-def turn(run: Run):
+def turn(run: Run, optimizer: torch.optim.Optimizer):
     "Asks the methods whose tensors take turns (those with a `redraw`) which train in the coming step; when they are others, the optimiser gets them and frees what it kept of the frozen ones."
     turning = [m.redraw(run.model, run.step, run.config.seed) for m in run.methods if hasattr(m, "redraw")]
-    if any(turning): refit(run.optimizer, optimizer_groups(trained_parameters(run.model).items(), **update_of(run.config), model=run.model))
+    if any(turning): refit(optimizer, optimizer_groups(trained_parameters(run.model).items(), **update_of(run.config), model=run.model))
 
 # %% ../../nbs/train/70_loop.ipynb #6ab76d44
 def peak_memory(device: torch.device) -> int | None:
@@ -212,10 +204,10 @@ def peak_memory(device: torch.device) -> int | None:
 
 # %% ../../nbs/train/70_loop.ipynb #2a544990
 @torch.no_grad()
-def not_finite(run: Run, taken: Sequence[Batch], loss: float, norm: float) -> TrainingError:
+def not_finite(run: Run, loss: float, norm: float) -> TrainingError:
     "The error for a step whose loss or gradient is not finite, naming the rows that cause it. Gradients are dropped."
     run.optimizer.zero_grad(set_to_none=True)
-    rows = [i for b in taken for i in b.rows]
+    rows = run.feed.rows
     lone = lambda i: run.model(**on_device(collate([run.data[i]], [i]), run.device))[0].item()
     guilty = [i for i in rows if not math.isfinite(lone(i))] if not math.isfinite(loss) else []
     others = [i for i in range(len(run.data)) if i not in rows][:3]
@@ -237,7 +229,7 @@ def _damaged(run: Run) -> str:
 def examine(run: Run) -> list[dict]:
     "Evaluates, and writes samples; returns the events. Nothing is recorded when a stop was asked for meanwhile: a resumed run then evaluates here."
     began = time.perf_counter()
-    found = evaluate(run.model, run.held_out, n_bytes=run.held_out_bytes, stop=run.asked_to_stop) if run.held_out else {}
+    found = evaluate(run.model, run.held_out, n_bytes=run.held_out_bytes, stop=lambda: asked(run)[0], accelerator=run.accelerator) if run.held_out else {}
     if found is None: return []
     if found and not math.isfinite(found["loss"]) and not run.step: raise TrainingError(f"the held-out loss is {found['loss']} before any step: {_damaged(run)}")
     if found and not math.isfinite(found["loss"]): raise TrainingError(f"step {run.step}: the held-out loss is {found['loss']}; start again with a lower lr_init than {run.settled.lr_init:g}")
@@ -247,7 +239,7 @@ def examine(run: Run) -> list[dict]:
         if better: run.best_loss, run.best_step, run.waited = found["loss"], run.step, 0
         else: run.waited += 1
         said.append(run.say("eval", step=run.step, best=better, seconds=time.perf_counter() - began, **found))
-    return said + [speak(run, prompt) for prompt in run.config.sample_prompts]
+    with whole(run.engine, run.model.parameters() if run.config.sample_prompts else ()): return said + [speak(run, prompt) for prompt in run.config.sample_prompts]
 
 # %% ../../nbs/train/70_loop.ipynb #f06dc401
 def speak(run: Run, prompt: str, max_tokens: int = 120) -> dict:
@@ -256,18 +248,19 @@ def speak(run: Run, prompt: str, max_tokens: int = 120) -> dict:
     text = "".join(generate(run.model, prompt, max_tokens=max_tokens, sampler=sampler))
     base = next((e["text"] for e in run.events if e["event"] == "sample" and e["prompt"] == prompt and e["step"] == 0), text if run.step == 0 else None)
     said = run.say("sample", step=run.step, prompt=prompt, text=text, base=base)
-    EventLog(run.folder / "samples.jsonl").add(said)
+    if run.rank == 0: EventLog(run.folder / "samples.jsonl").add(said)
     return said
 
 # %% ../../nbs/train/70_loop.ipynb #a2ad8d37
 def keep(run: Run) -> dict:
     "Writes a checkpoint of this step and drops those that are neither new nor best; returns the `saved` event. OSError when there is no room."
-    training = {"optimizer": run.optimizer.state_dict(), "random": run.random.state, "scale": [run.scale.factor, run.scale.calm], "epoch": run.feed.epoch, "start": run.feed.start,
+    training = {"moments": moments_of(run.engine, run.optimizer, run.trained), "random": from_all(run.accelerator, run.random.state), "optim": run.config.optim, "scale": [run.scale.factor, run.scale.calm], "epoch": run.feed.epoch, "start": run.feed.start,
                 **{name: getattr(run, name) for name in ("best_loss", "best_step", "waited", "evaluated")}}
-    path = save_checkpoint(run.folder, run.step, run.trained | run.starts, training)
-    run.saved = run.step
-    prune(run.folder, run.config.keep, run.best_step)
-    return run.say("saved", step=run.step, path=path.relative_to(run.folder).as_posix(), best=run.best_step == run.step)
+    tensors, run.saved = copies(run.engine, run.trained.items()) | run.starts, run.step
+    if run.rank == 0:
+        save_checkpoint(run.folder, run.step, tensors, training)
+        prune(run.folder, run.config.keep, run.best_step)
+    return run.say("saved", step=run.step, path=f"checkpoints/step-{run.step}", best=run.best_step == run.step)
 
 # %% ../../nbs/train/70_loop.ipynb #7ad1e73a
 @torch.no_grad()
@@ -285,27 +278,37 @@ def starts_of(model: nn.Module) -> dict[str, Tensor]:
     return {f"{n}.{key}": x for n, m in model.named_modules() if isinstance(m, StartedAdapter) for key, x in m.named_buffers()}
 
 # %% ../../nbs/train/70_loop.ipynb #ec3247ba
-def go_on(run: Run):
-    "Puts the newest checkpoint in place, if there is one: weights, optimiser, random numbers, place in the rows. Without one the run starts at step 0 again."
+def go_on(run: Run) -> dict:
+    "Puts the newest checkpoint in place, if there is one: weights, random numbers, place in the rows. Returns what the optimiser remembers, for `set_moments`. Without one the run starts at step 0 again."
     if not checkpoints(run.folder):
         if run.step: raise TrainingError(f"run {run.folder.name!r} has no checkpoint to go back to; make a new Run, which starts at step 0 again")
-        return
+        return {}
     tensors, training = load_checkpoint(run.folder)
     put_back(run, tensors, f"checkpoint step-{training['step']}")
     run.step = run.saved = training["step"]
-    turn(run)
-    run.optimizer.load_state_dict(training["optimizer"])
-    run.random.state = training["random"]
-    run.scale.factor, run.scale.calm = training.get("scale", [run.scale.factor, 0])
+    if run.rank < len(training["random"]): run.random.state = training["random"][run.rank]      # a rank that is new begins with numbers of its own
+    run.scale.factor, run.scale.calm = training["scale"]
     for name in ("best_loss", "best_step", "waited", "evaluated"): setattr(run, name, training[name])
-    run.feed = Feed(run.loader, training["epoch"], training["start"], run.accelerator.process_index, run.accelerator.num_processes)
+    run.feed.epoch, run.feed.start = training["epoch"], training["start"]
+    return training["moments"]
+
+# %% ../../nbs/train/70_loop.ipynb #467b9628
+def release(run: Run):
+    "Ends what `share` began: the run's model is an ordinary one again. Every rank must ask."
+    if run.engine is None: return
+    if zero_of(run.engine):
+        take_back(run.engine, run.model)
+        run.trained = {n: run.model.get_parameter(n) for n in run.trained}
+    run.accelerator.free_memory()
+    run.engine = None
 
 # %% ../../nbs/train/70_loop.ipynb #0f63e524
 def finish(run: Run) -> dict:
-    "Restores the best checkpoint, writes the results, returns the `done` event."
+    "Restores the best checkpoint (on rank 0), writes the results, returns the `done` event."
     why = f"no lower held-out loss in {run.waited} evaluations" if run.out_of_patience else "all steps are done"
-    if run.best_step not in (None, run.step): put_back(run, load_checkpoint(run.folder, run.best_step)[0], f"checkpoint step-{run.best_step}")
-    try: results = save_results(run)
+    release(run)
+    if run.rank == 0 and run.best_step not in (None, run.step): put_back(run, load_checkpoint(run.folder, run.best_step)[0], f"checkpoint step-{run.best_step}")
+    try: results = save_results(run) if run.rank == 0 else []
     except ValueError as error: raise TrainingError(str(error)) from error
     first = next((e["loss"] for e in run.events if e["event"] == "eval"), None)
     best = "" if first is None else f"; the weights of step {run.best_step} are kept, held-out loss {first:.3f} -> {run.best_loss:.3f}"
@@ -335,12 +338,13 @@ def train(run: Run) -> Iterator[dict]:
             with run.work(): said = keep(run)
             yield said
         if (run.step >= run.settled.steps or run.out_of_patience) and not run.evaluation_due: break
-        if run.asked_to_stop():
+        stop, pause = asked(run)
+        if stop:
             yield from halt(run)
             return
-        if run.asked_to_pause():
+        if pause:
             yield run.say("paused", step=run.step)
-            while run.asked_to_pause() and not run.asked_to_stop(): time.sleep(.05)
+            while asked(run) == (False, True): time.sleep(.05)
             yield run.say("resumed", step=run.step)
             continue
         with run.work(): said = run.say("step", **take_step(run))
@@ -375,6 +379,7 @@ def prepare(run: Run):
     with run.random:
         run.methods = [look_at_rows(run, m) for m in run.methods]
         run.trained = make_trainable(model, run.methods, config)
+    if run.rank: run.random = OwnRandomness(config.seed + 1_000_003 * run.rank, str(run.device))      # its own dropout
     run.starts = starts_of(model)
     if config.adapter: run.methods = [*model.attached.methods]
     model.grad_cp = run.device.type == "cuda" if config.grad_cp == "auto" else config.grad_cp
@@ -428,7 +433,7 @@ def make_trainable(model: nn.Module, methods: list, config: Config) -> dict[str,
     "Attaches `methods` and packs what stays frozen, or sets every weight free when there are none; returns the parameters by name that train now or in their turn: what a checkpoint must hold."
     turning = [] if config.adapter else [m for m in methods if hasattr(m, "redraw")]
     if turning and config.quant != "none": raise ConfigError(f"quant: packed matrices can't train, and {type(turning[0]).__name__} trains them in turns; leave quant out, or choose an adapter")
-    if turning: refuse_with_zero(config.strategy)
+    if turning: refuse_with_zero("ddp" if config.strategy == "auto" and ranks()[1] > 1 else config.strategy)
     if getattr(model, "attached", None): raise ConfigError("model: it carries the adapters of an earlier run; merge(model) keeps what they learnt, detach(model) takes them off")
     if not methods:
         if getattr(model, "quant", "none") != "none": raise ConfigError("model: its matrices are packed, and peft = 'none' trains them all; load it without quant, or choose an adapter")
@@ -473,18 +478,24 @@ def begin(run: Run) -> Iterator[dict]:
     "Prepares, makes or opens the folder, and says `start` (and `resumed`)."
     prepare(run)
     resuming, s = run.config.resume, run.settled
-    if not resuming and holds_run(run.folder): raise ConfigError(_taken(run.folder))
-    if s.lr_init is None: find_rate(run)
-    if not resuming: _write(run)
-    else: save_changes(run.folder, run.asked.given)
-    run.log = EventLog(run.folder / "events.jsonl")
     run.accelerator = accelerator_on(run.device)
+    if run.config.devices not in ("auto", run.world // run.config.nodes): raise ConfigError(f"devices: {run.config.devices} were asked for, and {run.world} {'works' if run.world == 1 else 'work'} on this run; start it on as many, or leave devices out")
+    run.folder = Path(from_first(run.accelerator, str(run.folder)))      # its name may be a date
+    if not resuming and run.rank == 0 and holds_run(run.folder): raise ConfigError(_taken(run.folder))
+    if s.lr_init is None: find_rate(run)
+    if run.rank: pass
+    elif not resuming: _write(run)
+    else: save_changes(run.folder, run.asked.given)
+    run.log = EventLog(run.folder / "events.jsonl" if run.rank == 0 else None)
     if run.device.type == "cpu": keep_heap()
     named = run.trained if run.config.optim == "lorafa" else trained_parameters(run.model)
     optimizer = make_optimizer(named.items(), s.lr_init, **update_of(run.config), model=run.model)
-    run.model, run.optimizer = run.accelerator.prepare(run.model, optimizer, device_placement=[False, False])
-    run.feed = Feed(run.loader, 0, 0, run.accelerator.process_index, run.accelerator.num_processes)
-    if resuming: go_on(run)
+    run.feed = Feed(run.loader, 0, 0, run.rank, run.world)
+    moments = go_on(run) if resuming else {}
+    if len(found := set(from_all(run.accelerator, run.step))) > 1: raise ConfigError(f"resume: the hosts hold different checkpoints, of step {min(found)} and {max(found)}; copy the run's checkpoints from host 0 to the others")
+    if run.step: turn(run, optimizer)
+    run.engine, run.optimizer = share(run.accelerator, run.model, optimizer, run.config.strategy, run.config.grad_clip)
+    set_moments(run.engine, run.optimizer, run.trained, moments)
     told = {k: recorded(v) for k, v in {**run.config.given, "name": run.folder.name, **vars(s)}.items() if v is not None}
     yield run.say("start", config=told, versions=_versions(), plan=run.plan(), data=dict(run.data.report(s.micro_bsz)), folder=str(run.folder))
     again = resuming and len(run.events) > 1      # ranks resume what was written for them, and begin it all the same
@@ -507,7 +518,7 @@ def find_rate(run: Run):
     "Lets the learning-rate finder choose lr_init and lr_final; what it saw is kept in `run.rates`."
     from rwkv_peft.train.lr_finder import find_lr
     with run.random, run.work(): run.rates = find_lr(run.model, run.loader, run.trained)
-    run.settled.lr_init = run.rates["lr"]
+    run.settled.lr_init = from_first(run.accelerator, run.rates["lr"])
     if run.settled.lr_final is None: run.settled.lr_final = run.settled.lr_init / 10
 
 # %% ../../nbs/train/70_loop.ipynb #8789a8c1
@@ -548,8 +559,9 @@ def _hand_over(run: Run):
     if run.settled.accumulate < ranks: run.told.append(f"accumulate: {run.settled.accumulate} micro-batches make a step and {ranks} ranks share them, so {ranks - run.settled.accumulate} have nothing to do; set accumulate to {ranks} or more")
     if run.settled.lr_init is None:
         prepare(run)
+        run.accelerator = accelerator_on(run.device)
         find_rate(run)
-        run.model, run.trained, run.prepared = None, None, False
+        run.model, run.trained, run.accelerator, run.prepared = None, None, None, False
     _write(run)
 
 # %% ../../nbs/train/70_loop.ipynb #01c6f5e3
@@ -590,12 +602,13 @@ class Run:
 
     def __init__(self, config: Config):
         self.asked, self.folder = config, folder_of(config.output, config.name)
-        if not config.resume and holds_run(self.folder): raise ConfigError(_taken(self.folder))
+        self.rank, self.world, _ = ranks()
+        if not config.resume and self.rank == 0 and holds_run(self.folder): raise ConfigError(_taken(self.folder))
         config, self.told = plain_words(config)
         self.followed, self.prepared = False, False      # followed: is this a rank, whose words another process reads?
         self.config = load_config(self.folder, config.given) if config.resume else config
         self.methods, self.starts, self.looked_at = [], {}, None
-        self.model = self.data = self.held_out = self.log = self.rates = self.saved = self.best_step = self.error = None
+        self.model = self.data = self.held_out = self.log = self.rates = self.saved = self.best_step = self.error = self.engine = self.accelerator = None
         self.step, self.waited, self.evaluated, self.best_loss = 0, 0, -1, math.inf
         self._stop, self._pause, self.ended, self.lock, self.working, self.thread = threading.Event(), threading.Event(), threading.Event(), threading.Lock(), False, None
 
@@ -612,7 +625,7 @@ class Run:
         "Runs to the end. Ctrl-C saves, says how to go on, and returns; a second Ctrl-C breaks off."
         with patient(self.stop):
             for said in self.steps():
-                if said["event"] == "stopped": print(said["message"])
+                if said["event"] == "stopped" and self.rank == 0: print(said["message"])
         return self
 
     def start(self) -> Run: return _in_background(self)
@@ -650,6 +663,12 @@ def _work(run: Run):
         run.working = True
         yield
         run.working = False
+
+def asked(run: Run) -> tuple[bool, bool]:
+    "Whether rank 0 was asked to stop, and to pause: the same answer on every rank, all of which must ask."
+    mine = run.asked_to_stop() + 2 * run.asked_to_pause()
+    told = int(over_ranks(run.accelerator, mine if run.rank == 0 else 0))
+    return bool(told & 1), bool(told & 2)
 
 Run.say, Run.work = _say, _work
 
@@ -710,6 +729,7 @@ def events_of(run: Run) -> Iterator[dict]:
         if run.log and _to_say(run, run.error): yield last_words(run, run.error)
         raise run.error from error
     finally:
+        if run.world == 1: release(run)
         _mark(run, going=False)
         run._stop.clear()
         run.config = run.config if not holds_run(run.folder) else run.config.changed(resume=True, name=run.folder.name)
@@ -739,12 +759,12 @@ def _elsewhere(run: Run) -> Iterator[dict]:
     "The events of a run whose ranks are processes of their own."
     _hand_over(run)
     config, run.working, run.log = run.config, True, EventLog(run.folder / "events.jsonl")
-    processes, asked = processes_of(config), lambda: "stop" if run.asked_to_stop() else "pause" if run.asked_to_pause() else "go"
+    processes, wanted = processes_of(config), lambda: "stop" if run.asked_to_stop() else "pause" if run.asked_to_pause() else "go"
     told = json.dumps({"model": run.asked.model if config.resume and isinstance(run.asked.model, str) else None, "warnings": run.told})
     command = [*launcher(processes, config.nodes, config.node_rank, config.master), "-m", "rwkv_peft.train.launch", str(run.folder), told]
     if config.node_rank: yield event("warning", message=f"this is host {config.node_rank} of {config.nodes}: what happens, and what comes out, is written on host 0")
     try:
-        for said in follow(run.folder, command, environment(processes, config.master), asked):
+        for said in follow(run.folder, command, environment(processes, config.master), wanted):
             run.log.events.append(said)
             run.step = said.get("step", run.step)
             yield said
