@@ -605,11 +605,10 @@ class Run:
         self.rank, self.world, _ = ranks()
         if not config.resume and self.rank == 0 and holds_run(self.folder): raise ConfigError(_taken(self.folder))
         config, self.told = plain_words(config)
-        self.followed, self.prepared = False, False      # followed: is this a rank, whose words another process reads?
         self.config = load_config(self.folder, config.given) if config.resume else config
         self.methods, self.starts, self.looked_at = [], {}, None
         self.model = self.data = self.held_out = self.log = self.rates = self.saved = self.best_step = self.error = self.engine = self.accelerator = None
-        self.step, self.waited, self.evaluated, self.best_loss = 0, 0, -1, math.inf
+        self.step, self.waited, self.evaluated, self.best_loss, self.prepared, self.followed = 0, 0, -1, math.inf, False, False      # followed: another process reads what this rank writes
         self._stop, self._pause, self.ended, self.lock, self.working, self.thread = threading.Event(), threading.Event(), threading.Event(), threading.Lock(), False, None
 
     @classmethod
