@@ -6,7 +6,9 @@
 from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
+import atexit
 import json
 import os
 import re
@@ -136,14 +138,12 @@ def cause_of(place: Path, code: int) -> RankError:
     return RankError(f"the ranks ended with exit code {code}: {last}", traceback=log[-4000:])
 
 # %% ../../nbs/train/68_launch.ipynb #1f084330
-def end(process: subprocess.Popen, seconds: float = 20.):
-    "Ends `process`, and its ranks with it, if they still go: asked first, forced after `seconds`."
+def end(process: subprocess.Popen, patience: float = 0., seconds: float = 20.):
+    "Ends `process`, and its ranks with it, if they still go: the pipe is closed, `patience` seconds later they are asked, and forced `seconds` later."
     with suppress(OSError): process.stdin.close()
-    if process.poll() is not None: return
-    process.terminate()
-    try: process.wait(seconds)
-    except subprocess.TimeoutExpired: process.kill()
-    process.wait()
+    for ask, limit in ((lambda: None, patience), (process.terminate, seconds), (process.kill, None)):
+        ask()
+        with suppress(subprocess.TimeoutExpired): return process.wait(limit)
 
 # %% ../../nbs/train/68_launch.ipynb #495757bc
 def follow(folder: str | Path, command: list[str], env: dict[str, str], wanted: Callable[[], str]) -> Iterator[dict]:
@@ -155,6 +155,7 @@ def follow(folder: str | Path, command: list[str], env: dict[str, str], wanted: 
     place.mkdir(parents=True)
     start = events.stat().st_size if events.exists() else 0
     with open(place / "log.txt", "wb") as log: process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True)
+    last = atexit.register(partial(end, process, patience=20.))
     try:
         while True:
             over = process.poll() is not None
@@ -168,7 +169,9 @@ def follow(folder: str | Path, command: list[str], env: dict[str, str], wanted: 
             tell(process, "stop")
             process.wait()
         raise
-    finally: end(process)
+    finally:
+        end(process)
+        atexit.unregister(last)
     if process.returncode: raise cause_of(place, process.returncode)
 
 # %% ../../nbs/train/68_launch.ipynb #801cc4ca

@@ -406,8 +406,8 @@ def left_by(model: nn.Module, folder: Path) -> bool:
     return record is not None and record is getattr(model, "attached", None) and where == folder.resolve()
 
 def _mark(run: Run, going: bool):
-    record = getattr(run.model, "attached", None)
-    if record: run.model.trained_in = None if going else (run.folder.resolve(), record)
+    record = getattr(run.here, "attached", None)
+    if record: run.here.trained_in = None if going else (run.folder.resolve(), record)
 
 # %% ../../nbs/train/70_loop.ipynb #9b8c66c3
 @torch.no_grad()
