@@ -80,7 +80,7 @@ def _run(words: list[str]) -> Any:
 # %% ../nbs/99_cli.ipynb #5523e3c6
 @app.command()
 def tune(words: Words):
-    "Train. Ctrl-C saves and ends; `rwkv-peft tune name=NAME resume=true` goes on."
+    "Train, on several devices with devices=2. Ctrl-C saves and ends; `rwkv-peft tune name=NAME resume=true` goes on."
     from rwkv_peft.notebook.card import TextCard
     from rwkv_peft.notebook.magic import launch
     run, view = _run(words), TextCard()

@@ -20,9 +20,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 __all__ = ['METHODS', 'METHOD_WORDS', 'SHORTHAND', 'TAKES', 'PAIRED', 'ConfigError', 'setting', 'Sources', 'Rows', 'Method',
            'Schedule', 'Optimiser', 'Hardware', 'Keeping', 'words', 'expected', 'nearest', 'sentences', 'is_foreign',
            'foreign_table', 'recorded', 'is_text_or_method', 'check_method', 'Config', 'check_later', 'check_sources',
-           'check_places', 'spoken', 'check_beside', 'check_storage', 'check_optimiser', 'check_strategy',
-           'check_pieces', 'check_combinations', 'check_rows', 'state_only', 'to_toml', 'read_toml', 'from_toml',
-           'settings_table']
+           'check_places', 'check_devices', 'spoken', 'check_beside', 'check_storage', 'check_optimiser',
+           'check_strategy', 'check_pieces', 'check_combinations', 'check_rows', 'state_only', 'to_toml', 'read_toml',
+           'from_toml', 'settings_table']
 
 # %% ../../nbs/train/10_config.ipynb #9a6e94cd
 class ConfigError(ValueError):
@@ -110,7 +110,10 @@ class Hardware(BaseModel):
     backend: Literal["auto", "loop", "chunk", "cpu", "fla", "cuda"] = setting("auto", "implementation of the recurrence")
     strategy: Literal["auto", "ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_2_offload", "deepspeed_stage_3", "deepspeed_stage_3_offload"] = setting(
         "auto", "how several devices share the work; auto: ddp, or nothing for one; deepspeed: they divide moments (1), gradients too (2), weights too (3), offload: in RAM")
-    devices: int | Literal["auto"] = setting("auto", "number of devices that share the work, a process each; auto: as many as were started", gt=0)
+    devices: int | Literal["auto"] = setting("auto", "number of devices on this host, a process for each; auto: every GPU", gt=0)
+    nodes: int = setting(1, "number of hosts that train together, each with its devices", gt=0)
+    node_rank: int = setting(0, "with nodes: the number of this host; 0 is the one that writes", ge=0)
+    master: str | None = setting(None, "with nodes: where the hosts meet, an address of host 0 and a free port of it, such as \"10.0.0.1:29500\"")
 
 # %% ../../nbs/train/10_config.ipynb #686f0e57
 class Keeping(BaseModel):
@@ -259,6 +262,7 @@ class Config(Keeping, Hardware, Optimiser, Schedule, Method, Rows, Sources):
         check_combinations(self)
         check_rows(self)
         check_places(self)
+        check_devices(self)
         return self
 
     @property
@@ -324,6 +328,18 @@ def check_places(config: Config):
     nearest_there = next(p for p in (place, *place.parents) if p.exists())
     if not nearest_there.is_dir(): raise ValueError(f"output: {str(nearest_there)!r} is a file, and a run needs a folder; choose another one")
     if not os.access(nearest_there, os.W_OK | os.X_OK): raise ValueError(f"output: nothing may be written into {str(nearest_there)!r}; choose another folder")
+
+# %% ../../nbs/train/10_config.ipynb #d8eec4b0
+def check_devices(config: Config):
+    "Several devices are there, and several hosts know where to meet."
+    if config.nodes > 1 and not re.fullmatch(r".+:\d+", config.master or ""): raise ValueError(f"master: {config.nodes} hosts need a place to meet, an address of host 0 and a free port of it, such as '10.0.0.1:29500'")
+    if config.node_rank >= config.nodes: raise ValueError(f"node_rank: {config.node_rank} of {config.nodes} {'host' if config.nodes == 1 else 'hosts'}; they are counted from 0, and nodes says how many there are")
+    if config.nodes == 1 and config.master: raise ValueError("master: is where several hosts meet; say nodes as well, or leave it out")
+    if config.devices == "auto" or config.devices == 1: return
+    import torch
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if ":" in device or device == "mps": raise ValueError(f"device: {device!r} is one device, and devices = {config.devices}; say {device.partition(':')[0] if ':' in device else 'cpu'!r}, or leave devices out")
+    if device == "cuda" and config.devices > torch.cuda.device_count(): raise ValueError(f"devices: there {'is' if torch.cuda.device_count() == 1 else 'are'} {torch.cuda.device_count()} on this host; say so, or leave devices out")
 
 # %% ../../nbs/train/10_config.ipynb #c8ccf46e
 SHORTHAND = ("r", "alpha", "dropout", "rslora", "ranks")                       # settings that stand for fields of a method

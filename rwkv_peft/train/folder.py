@@ -160,7 +160,7 @@ class OwnRandomness:
         set_random_state(self.outside, self.device)
 
 # %% ../../nbs/train/30_folder.ipynb #a84f0604
-CHANGEABLE = ("epochs", "max_steps", "early_stop", "eval_steps", "sample_prompts", "save_steps", "keep", "log_with", "device", "devices", "strategy")
+CHANGEABLE = ("epochs", "max_steps", "early_stop", "eval_steps", "sample_prompts", "save_steps", "keep", "log_with", "device", "devices", "nodes", "node_rank", "master", "strategy")
 
 def save_config(folder: str | Path, config: Config, settled: dict):
     "Writes config.toml: the settings that were given, and those that were derived (`settled`), so that resuming derives nothing again."

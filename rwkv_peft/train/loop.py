@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 import asyncio
+import json
 import math
 import os
 import platform
@@ -39,6 +40,7 @@ from .evaluate import evaluate, trained_bytes
 from .events import EventLog, event, read_events, timeline
 from .folder import OwnRandomness, checkpoints, folder_of, holds_run, load_checkpoint, load_config, load_rows, prune, save_changes, save_checkpoint, save_config, save_rows, sweep
 from .infctx import infctx
+from .launch import RankError, environment, follow, in_file, is_launched, launcher, processes_of
 from .loss import LossScale, on_device, over_ranks, penalty_of, trained_tokens
 from .strategy import accelerator_on, add_up, clip_and_norm, copies, from_all, from_first, moments_of, ranks, set_moments, share, take_back, whole, zero_of
 from .optim import default_lr, lorafa_groups, lr_at, make_optimizer, methods_of, moment_bytes, optimizer_groups, set_lr, update_of
@@ -364,21 +366,15 @@ def halt(run: Run) -> Iterator[dict]:
 # %% ../../nbs/train/70_loop.ipynb #acecf12f
 def prepare(run: Run):
     "Rows, base model, adapters: everything but the folder. Done once; errors are those of the data and of the checkpoint, in a sentence each."
-    if run.model is not None: return
+    if run.prepared: return
     config, resuming = run.config, run.config.resume
+    prints = _read(run)
     if config.backend != "auto" and not backends()[config.backend][0]: raise ConfigError(f"backend: {config.backend!r} can't be used here: {backends()[config.backend][1]}")
-    run.methods = methods_of(config)
-    if config.model is None: raise ConfigError(f"model: run {run.folder.name!r} was made over a model object that has no file; hand the same model over again, finetune(model=..., resume=True, ...)")
-    tokenizer = tokenizer_for(config_of(read(config.model)).vocab_size) if isinstance(config.model, str) else config.model.tokenizer
-    if resuming: run.data, run.held_out, prints = load_rows(run.folder, tokenizer)
-    else: run.data, run.held_out = read_rows_of(config, tokenizer)
-    run.loader = Loader(run.data, config.micro_bsz or 1, config.dataload, config.ctx_len, config.seed, magic_prime=config.magic_prime)
     model = load_base(config)
     left = resuming and left_by(model, run.folder)
     run.base = model.attached.base if left else fingerprint(model)
-    if resuming: check_same(run, prints, tokenizer)
+    if resuming: check_same(run, prints, run.tokenizer)
     if left: take_off(model, run.methods)
-    run.tokenizer = tokenizer
     run.device = next(model.parameters()).device
     run.random = OwnRandomness(config.seed, str(run.device))
     with run.random:
@@ -390,9 +386,20 @@ def prepare(run: Run):
     model.grad_cp = run.device.type == "cuda" if config.grad_cp == "auto" else config.grad_cp
     if config.backend != "auto": model.backend = config.backend
     infctx(model, config.chunk_ctx, config.bptt)
-    run.held_out_bytes = trained_bytes(run.held_out, tokenizer) if run.held_out else 0
+    run.held_out_bytes = trained_bytes(run.held_out, run.tokenizer) if run.held_out else 0
     run.model, run.scale = model.train(), LossScale(next(model.parameters()).dtype)
-    run.settled = settle(config, len(run.loader), default_lr(run.methods))
+    run.settled, run.prepared = settle(config, len(run.loader), default_lr(run.methods)), True
+
+def _read(run: Run) -> dict | None:
+    "Tokeniser, rows and their loader; returns the fingerprints that a run to be resumed began with."
+    config, prints = run.config, None
+    run.methods = methods_of(config)
+    if config.model is None: raise ConfigError(f"model: run {run.folder.name!r} was made over a model object that has no file; hand the same model over again, finetune(model=..., resume=True, ...)")
+    run.tokenizer = tokenizer_for(config_of(read(config.model)).vocab_size) if isinstance(config.model, str) else config.model.tokenizer
+    if config.resume: run.data, run.held_out, prints = load_rows(run.folder, run.tokenizer)
+    else: run.data, run.held_out = read_rows_of(config, run.tokenizer)
+    run.loader = Loader(run.data, config.micro_bsz or 1, config.dataload, config.ctx_len, config.seed, magic_prime=config.magic_prime)
+    return prints
 
 # %% ../../nbs/train/70_loop.ipynb #95a8c7b4
 def left_by(model: nn.Module, folder: Path) -> bool:
@@ -401,8 +408,8 @@ def left_by(model: nn.Module, folder: Path) -> bool:
     return record is not None and record is getattr(model, "attached", None) and where == folder.resolve()
 
 def _mark(run: Run, going: bool):
-    record = getattr(run.model, "attached", None)
-    if record: run.model.trained_in = None if going else (run.folder.resolve(), record)
+    record = getattr(run.here, "attached", None)
+    if record: run.here.trained_in = None if going else (run.folder.resolve(), record)
 
 # %% ../../nbs/train/70_loop.ipynb #9b8c66c3
 @torch.no_grad()
@@ -474,18 +481,13 @@ def begin(run: Run) -> Iterator[dict]:
     prepare(run)
     resuming, s = run.config.resume, run.settled
     run.accelerator = accelerator_on(run.device)
-    if run.config.devices not in ("auto", run.world): raise ConfigError(f"devices: {run.config.devices} were asked for, and {run.world} {'works' if run.world == 1 else 'work'} on this run; start it on as many, or leave devices out")
+    if run.config.devices not in ("auto", run.world // run.config.nodes): raise ConfigError(f"devices: {run.config.devices} were asked for, and {run.world} {'works' if run.world == 1 else 'work'} on this run; start it on as many, or leave devices out")
     run.folder = Path(from_first(run.accelerator, str(run.folder)))      # its name may be a date
     if not resuming and run.rank == 0 and holds_run(run.folder): raise ConfigError(_taken(run.folder))
     if s.lr_init is None: find_rate(run)
     if run.rank == 0: sweep(run.folder)
     if run.rank: pass
-    elif not resuming:
-        try: run.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error: raise ConfigError(f"output: {str(run.folder)!r} can't be made ({error.strerror}); choose another folder") from None
-        save_config(run.folder, run.config, {"name": run.folder.name, **{k: getattr(s, k) for k in ("micro_bsz", "accumulate", "lr_init", "lr_final", "warmup_steps")}})
-        save_rows(run.folder, run.data, run.held_out, run.base)
-        save_looked_at(run)
+    elif not resuming: _write(run)
     else: save_changes(run.folder, run.asked.given)
     run.log = EventLog(run.folder / "events.jsonl" if run.rank == 0 else None)
     if run.device.type == "cpu": keep_heap()
@@ -493,17 +495,19 @@ def begin(run: Run) -> Iterator[dict]:
     optimizer = make_optimizer(named.items(), s.lr_init, **update_of(run.config), model=run.model)
     run.feed = Feed(run.loader, 0, 0, run.rank, run.world)
     moments = go_on(run) if resuming else {}
+    if len(found := set(from_all(run.accelerator, run.step))) > 1: raise ConfigError(f"resume: the hosts hold different checkpoints, of step {min(found)} and {max(found)}; copy the run's checkpoints from host 0 to the others")
     if run.step: turn(run, optimizer)
     run.engine, run.optimizer = share(run.accelerator, run.model, optimizer, run.config.strategy, run.config.grad_clip)
     set_moments(run.engine, run.optimizer, run.trained, moments)
     told = {k: recorded(v) for k, v in {**run.config.given, "name": run.folder.name, **vars(s)}.items() if v is not None}
     yield run.say("start", config=told, versions=_versions(), plan=run.plan(), data=dict(run.data.report(s.micro_bsz)), folder=str(run.folder))
-    if resuming: yield run.say("resumed", step=run.step)
+    again = resuming and len(run.events) > 1      # ranks resume what was written for them, and begin it all the same
+    if again: yield run.say("resumed", step=run.step)
     for word in said_of_pages(run): yield run.say("warning", message=word)
-    for word in (*run.told, *run.loader.notes()) if not resuming else (): yield run.say("warning", message=word)
-    if not resuming and len(run.methods) > 1 and run.config.lr_init is None and any(n.endswith(".time_state") for n in run.trained):
+    for word in (*run.told, *run.loader.notes()) if not again else (): yield run.say("warning", message=word)
+    if not again and len(run.methods) > 1 and run.config.lr_init is None and any(n.endswith(".time_state") for n in run.trained):
         yield run.say("warning", message=f"the state is tuned at the same rate as the rest, {s.lr_init:g}, and may want a much higher one; set lr_init, or tune one after the other")
-    if not resuming and run.held_out is None: yield run.say("warning", message="no rows are held out, so nothing tells whether the model gets better on rows that it has not seen, and the last weights are kept; set eval_split or eval_data")
+    if not again and run.held_out is None: yield run.say("warning", message="no rows are held out, so nothing tells whether the model gets better on rows that it has not seen, and the last weights are kept; set eval_split or eval_data")
 
 # %% ../../nbs/train/70_loop.ipynb #7597fc35
 def said_of_pages(run: Run) -> list[str]:
@@ -527,6 +531,41 @@ def _taken(folder: Path) -> str: return f"name: {str(folder)!r} holds a run alre
 def _versions() -> dict:
     from importlib.metadata import version
     return {"python": platform.python_version(), **{name: version(name) for name in ("rwkv_peft", "torch", "accelerate", "numpy")}}
+
+
+def _write(run: Run):
+    "Makes the folder of a new run and fills it: settings, rows, and those that EVA was given."
+    s = run.settled
+    try: run.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error: raise ConfigError(f"output: {str(run.folder)!r} can't be made ({error.strerror}); choose another folder") from None
+    save_config(run.folder, run.config, {"name": run.folder.name, **{k: getattr(s, k) for k in ("micro_bsz", "accumulate", "lr_init", "lr_final", "warmup_steps")}})
+    save_rows(run.folder, run.data, run.held_out, run.base)
+    save_looked_at(run)
+
+
+def _hand_over(run: Run):
+    "Writes what the ranks read. The base itself isn't loaded, unless a learning rate must be found."
+    config = run.config
+    if not in_file(config): raise ConfigError("devices: other processes can't read a model that has no file; save it and give the file, or say devices = 1")
+    if getattr(config.model, "attached", None): raise ConfigError("model: it carries adapters, and other processes read its file, which doesn't; merge(model) and save it, or detach(model)")
+    run.config, given, run.model = config.changed(model=recorded(config.model)), config.model, None
+    run.prepared = False
+    prints = _read(run)
+    run.base = fingerprint(read(run.config.model))
+    if not isinstance(given, str) and (fingerprint(given), given.tokenizer.name) != (run.base, run.tokenizer.name): raise ConfigError(f"model: it is no longer what {run.config.model} holds, which is what other processes read; save it and give the new file")
+    if prints:
+        check_same(run, prints, run.tokenizer)
+        return save_changes(run.folder, run.asked.given)
+    if holds_run(run.folder): raise ConfigError(_taken(run.folder))
+    run.settled, run.methods = settle(run.config, len(run.loader), default_lr(run.methods)), [look_at_rows(run, m) for m in run.methods]
+    ranks = processes_of(config) * config.nodes
+    if run.settled.accumulate < ranks: run.told.append(f"accumulate: {run.settled.accumulate} micro-batches make a step and {ranks} ranks share them, so {ranks - run.settled.accumulate} have nothing to do; set accumulate to {ranks} or more")
+    if run.settled.lr_init is None:
+        prepare(run)
+        run.accelerator = accelerator_on(run.device)
+        find_rate(run)
+        run.model, run.trained, run.accelerator, run.prepared = None, None, None, False
+    _write(run)
 
 # %% ../../nbs/train/70_loop.ipynb #01c6f5e3
 def plan_of(run: Run) -> dict:
@@ -572,7 +611,7 @@ class Run:
         self.config = load_config(self.folder, config.given) if config.resume else config
         self.methods, self.starts, self.looked_at = [], {}, None
         self.model = self.data = self.held_out = self.log = self.rates = self.saved = self.best_step = self.error = self.engine = self.accelerator = None
-        self.step, self.waited, self.evaluated, self.best_loss = 0, 0, -1, math.inf
+        self.step, self.waited, self.evaluated, self.best_loss, self.prepared, self.followed = 0, 0, -1, math.inf, False, False      # followed: another process reads what this rank writes
         self._stop, self._pause, self.ended, self.lock, self.working, self.thread = threading.Event(), threading.Event(), threading.Event(), threading.Lock(), False, None
 
     @classmethod
@@ -635,6 +674,19 @@ def asked(run: Run) -> tuple[bool, bool]:
 
 Run.say, Run.work = _say, _work
 
+def _model(run: Run) -> nn.Module | None:
+    "What trains here; or, once ranks have trained, their result, read when it is first asked for."
+    if run.here is None and not run.prepared and run.log and run.log.events and run.log.events[-1]["event"] == "done": run.here = _result(run, run.log.events[-1]["results"])
+    return run.here
+
+def _result(run: Run, names: list[str]) -> nn.Module:
+    if "model.pth" in names: return load(run.folder / "model.pth")
+    model = load_base(run.config)
+    load_adapter(model, run.folder / "adapter")
+    return quantize(model, run.config.quant, run.config.int8_matmul)
+
+Run.model = property(_model, lambda run, model: setattr(run, "here", model))
+
 # %% ../../nbs/train/70_loop.ipynb #a6aea05b
 def _over(run: Run) -> threading.Event: return getattr(run.thread, "finished", run.ended)
 
@@ -669,15 +721,14 @@ def events_of(run: Run) -> Iterator[dict]:
     run.working, run.error = False, None
     try:
         _mark(run, going=True)
-        yield from begin(run)
-        yield from train(run)
+        yield from _elsewhere(run) if is_launched(run.config) else _here(run)
     except (GeneratorExit, KeyboardInterrupt):
         if run.log and not run.working and run.world == 1:      # others may not have left
             for said in halt(run): pass
         raise
     except Exception as error:
         run.error = TrainingError(str(error)) if isinstance(error, OSError) and run.log else error
-        if run.log: yield last_words(run, run.error)
+        if run.log and _to_say(run, run.error): yield last_words(run, run.error)
         raise run.error from error
     finally:
         if run.world == 1: release(run)
@@ -689,13 +740,45 @@ def events_of(run: Run) -> Iterator[dict]:
 
 def _going() -> TrainingError: return TrainingError("this run is going already; wait for it, or stop() it first")
 
+def _here(run: Run) -> Iterator[dict]:
+    if not in_file(run.config) and processes_of(run.config.changed(model="")) > 1: run.told.append("devices: other devices can't read a model that has no file, so this run uses one; save it and give the file to use them all")
+    yield from begin(run)
+    yield from train(run)
+
+def _to_say(run: Run, error: Exception) -> bool:
+    "Not what was said, and in a rank only what it knows: another rank's end looks strange from there."
+    return not getattr(error, "said", False) and not (run.followed and not isinstance(error, (TrainingError, ConfigError)))
+
 # %% ../../nbs/train/70_loop.ipynb #379b4b89
 def last_words(run: Run, error: Exception) -> dict:
     "The `error` event. It is kept in memory when the disk has no room even for this."
-    rows = getattr(error, "rows", [])
+    rows, more = getattr(error, "rows", []), {"traceback": error.traceback} if getattr(error, "traceback", "") else {}
     texts = [run.tokenizer.decode(run.data[i].tokens.tolist())[:500] for i in rows[:3]]
-    try: return run.say("error", step=run.step, message=str(error), error_type=type(error).__name__, rows=rows, where=[run.data.where(i) for i in rows[:3]], text=texts)
+    try: return run.say("error", step=run.step, message=str(error), error_type=type(error).__name__, rows=rows, where=[run.data.where(i) for i in rows[:3]], text=texts, **more)
     except OSError: return run.log.events[-1]
+
+def _elsewhere(run: Run) -> Iterator[dict]:
+    "The events of a run whose ranks are processes of their own."
+    _hand_over(run)
+    config, run.working, run.log = run.config, True, EventLog(run.folder / "events.jsonl")
+    processes, wanted = processes_of(config), lambda: "stop" if run.asked_to_stop() else "pause" if run.asked_to_pause() else "go"
+    told = json.dumps({"model": run.asked.model if config.resume and isinstance(run.asked.model, str) else None, "warnings": run.told})
+    command = [*launcher(processes, config.nodes, config.node_rank, config.master), "-m", "rwkv_peft.train.launch", str(run.folder), told]
+    if config.node_rank: yield event("warning", message=f"this is host {config.node_rank} of {config.nodes}: what happens, and what comes out, is written on host 0")
+    try:
+        for said in follow(run.folder, command, environment(processes, config.master), wanted):
+            run.log.events.append(said)
+            run.step = said.get("step", run.step)
+            yield said
+    except RankError as found:
+        last = run.log.events[-1] if run.log.events and run.log.events[-1]["event"] == "error" else {}
+        kind = {"ConfigError": ConfigError, "FileNotFoundError": FileNotFoundError}.get(last.get("error_type", found.kind), TrainingError)
+        kept = checkpoints(run.folder)
+        error = kind(last.get("message") or f"{found}; {f'checkpoint step-{kept[-1]} is kept' if kept else 'no checkpoint was written yet'}; what the ranks printed is in {run.folder / 'ranks' / 'log.txt'}")
+        error.said, error.rows, error.traceback = bool(last), last.get("rows", []), found.traceback
+        raise error from found
+    finally: run.log = EventLog(run.folder / "events.jsonl")
+    if config.node_rank: yield event("done", step=run.step, best_step=None, message=f"host {config.node_rank} has done its part; the results are on host 0")
 
 # %% ../../nbs/train/70_loop.ipynb #5a46e27f
 def finetune(**settings) -> Run:
