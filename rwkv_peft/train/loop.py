@@ -113,7 +113,7 @@ def accelerator_on(device: torch.device):
 def read_rows_of(config: Config, tokenizer) -> tuple[Dataset, Dataset | None]:
     "(rows to train on, rows held out or None) that the settings name, encoded. The loaders that cut at ctx_len get whole rows to train on, and held-out rows in windows of ctx_len, so that none of their tokens goes uncounted."
     cuts = config.dataload in ("only", "pad", "get")
-    told = {"template": config.template, "loss_mask": config.loss_mask, "ctx_len": None if cuts and config.long == "refuse" else config.ctx_len, "long": config.long, "untrained": config.untrained}
+    told = {"template": config.template, "loss_mask": config.loss_mask, "ctx_len": None if cuts and config.long == "refuse" else config.ctx_len, "long": config.long, "untrained": config.untrained, "bad": config.bad}
     if config.sft_field: told["fields"] = dict(zip(("prompt", "completion"), config.sft_field))
     if config.mask_id: told["mask_id"] = config.mask_id
     part = {"split": config.sft_split} if "sft_split" in config.model_fields_set else {}
@@ -122,7 +122,7 @@ def read_rows_of(config: Config, tokenizer) -> tuple[Dataset, Dataset | None]:
         if getattr(source.tokenizer, "name", None) in (None, tokenizer.name): return source
         raise ConfigError(f"data: this Dataset was encoded for the tokenizer {source.tokenizer.name!r} and the model reads {tokenizer.name!r}; read it with read_data(..., model.tokenizer)")
     data, held_out = get(config.data, **part), None if config.eval_data is None else get(config.eval_data)
-    if held_out is None and config.eval_split and len(set(data.contents())) > 1: data, held_out = data.split(config.eval_split, config.seed)
+    if held_out is None and config.eval_split and data.varied: data, held_out = data.split(config.eval_split, config.seed)
     return data, in_windows(held_out, config.ctx_len) if cuts and held_out and config.ctx_len else held_out
 
 # %% ../../nbs/train/70_loop.ipynb #c6e66f10
@@ -486,7 +486,7 @@ def begin(run: Run) -> Iterator[dict]:
     run.feed = Feed(run.loader, 0, 0, run.accelerator.process_index, run.accelerator.num_processes)
     if resuming: go_on(run)
     told = {k: recorded(v) for k, v in {**run.config.given, "name": run.folder.name, **vars(s)}.items() if v is not None}
-    yield run.say("start", config=told, versions=_versions(), plan=run.plan(), data=dict(run.data.report(s.micro_bsz)), folder=str(run.folder))
+    yield run.say("start", config=told, versions=_versions(), plan=run.plan(), data=dict(run.data.report(s.micro_bsz, s.micro_bsz * s.accumulate)), folder=str(run.folder))
     if resuming: yield run.say("resumed", step=run.step)
     for word in said_of_pages(run): yield run.say("warning", message=word)
     for word in (*run.told, *run.loader.notes()) if not resuming else (): yield run.say("warning", message=word)
@@ -525,7 +525,7 @@ def plan_of(run: Run) -> dict:
     held = {id(p): p for p in model.parameters()}.values()
     per_step = min(run.loader.count, s.micro_bsz * s.accumulate)
     return {"model": str(recorded(run.config.model)), "methods": [type(m).__name__ for m in run.methods] or ["full"], "parameters": sum(p.numel() for p in held), "trained": trained,
-            "rows": len(run.data), "held_out_rows": len(run.held_out or ()), "tokens_per_epoch": run.loader.tokens, "trained_tokens_per_epoch": sum(e.trained for e in run.data),
+            "rows": len(run.data), "held_out_rows": len(run.held_out or ()), "tokens_per_epoch": run.loader.tokens, "trained_tokens_per_epoch": run.data.trained,
             "micro_bsz": s.micro_bsz, "accumulate": s.accumulate, "rows_per_step": per_step, "steps": s.steps, "epochs": round(s.steps * s.accumulate * s.micro_bsz / run.loader.count, 3) if s.batches is None else run.config.epochs or 1,
             "lr_init": s.lr_init, "lr_final": s.lr_final, "warmup_steps": s.warmup_steps, "eval_steps": s.eval_steps, "save_steps": s.save_steps,
             "estimate": {"weights_bytes": sum(p.numel() * p.element_size() for p in held), "gradient_bytes": 4 * trained, "optimiser_bytes": moment_bytes(run.trained.items(), run.config.optim), "how": "by formula; activations come on top"},
