@@ -291,7 +291,7 @@ def _pair(path: Path) -> Path | None:
     "The .bin of a binidx that `path` names, or None; refused when half of it is missing."
     base = path.with_suffix("") if path.suffix in (".bin", ".idx") else path
     bin_, idx = Path(f"{base}.bin"), Path(f"{base}.idx")
-    if path.suffix not in (".bin", ".idx") and not (bin_.is_file() and idx.is_file()): return None
+    if path.suffix not in (".bin", ".idx") and bin_.is_file() + idx.is_file() < 1 + path.is_file(): return None
     for half, other in ((bin_, idx), (idx, bin_)):
         if half.is_file() and not other.is_file(): raise DataError(f"{other} is missing beside {half}; a binidx is both files")
     return bin_ if bin_.is_file() else None
