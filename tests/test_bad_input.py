@@ -420,6 +420,12 @@ def test_files_of_other_editors_are_the_same_rows(tmp_path, name):
     assert read_data(tmp_path / name, Bytes()).fingerprint() == read_data(ROWS, Bytes()).fingerprint()
 
 
+def test_rows_that_are_left_out_are_told(desk, tmp_path):
+    run = rwkv_peft.finetune(model=str(desk / "small.pth"), data=str(desk / "row.jsonl"), bad="drop", output=str(tmp_path), name="rest", **FAST)
+    said = [e["message"] for e in run.steps() if e["event"] == "warning"]
+    assert any("1 rows that can't be used were left out: 2" in word for word in said) and len(run.data) == 1
+
+
 def test_odd_but_plausible_cells_train(ipython, desk, tmp_path, monkeypatch):
     "numpy's numbers and arrays, Windows line ends, a name in another script, rows read in the cell, a row with a NUL in it."
     monkeypatch.chdir(tmp_path)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOOKED_AT', 'percentile', 'padding_efficiency', 'histogram', 'Report', 'pieces_of', 'show_example', 'visible',
            'show_text', 'split_digests', 'split_rows', 'normal', 'shingles', 'minhash', 'repeats', 'Problems',
-           'sample_of', 'some', 'report_of', 'text_problems', 'mask_problems', 'check_dataset']
+           'sample_of', 'some', 'left_out', 'report_of', 'text_problems', 'mask_problems', 'check_dataset']
 
 # %% ../../nbs/data/33_views.ipynb #5805720d
 from collections.abc import Sequence
@@ -188,17 +188,23 @@ def some(rows: Sequence[int], most: int = 5) -> str:
     "The first few numbers, and how many more there are."
     return ", ".join(map(str, rows[:most])) + (f" and {len(rows) - most:,} more" if len(rows) > most else "")
 
-# %% ../../nbs/data/33_views.ipynb #048cd816
+# %% ../../nbs/data/33_views.ipynb #47d9cfac
 _DONE = (("cut", "longer than ctx_len were cut"), ("dropped", "longer than ctx_len were dropped"), ("untrained", "with nothing to train were dropped"), ("repeated", "that repeat another were left out"))
 
+def left_out(facts: dict) -> list[str]:
+    "A sentence for each kind of rows that reading cut or left out, with the first few of them; `facts` are a `Dataset`'s."
+    said = [f"{len(facts[what]):,} rows {did}: {some(facts[what])}" for what, did in _DONE if facts.get(what)]
+    bad = [number for number, _ in facts.get("bad", ())]
+    return said + ([f"{len(bad):,} rows that can't be used were left out: {some(bad)}; .check() says why"] if bad else [])
+
+# %% ../../nbs/data/33_views.ipynb #048cd816
 def report_of(data: Any, micro_bsz: int = 8, rows_per_step: int = 16) -> Report:
     "The figures of `Dataset.report`; `micro_bsz` is the batch for which padding is counted, `rows_per_step` the rows of an optimiser step."
     n, facts, looked = np.asarray(data.lengths, np.int64), data.facts, sample_of(len(data))
-    tokens, trained, doubles = int(n.sum()), data.trained, len(data) - len(np.unique(np.fromiter(data.keys(), "S32", len(data))))
+    tokens, trained, doubles = int(n.sum()), data.trained, len(data) - len(np.unique(np.fromiter((int.from_bytes(key[:8], "little") for key in data.keys()), np.uint64, len(data))))
     notes = [f"{doubles:,} of {len(data):,} rows are duplicates of another"] if doubles else []
-    notes += [f"{len(facts[what]):,} rows {did}: {some(facts[what])}" for what, did in _DONE if facts.get(what)]
+    notes += left_out(facts)
     bad = [said for _, said in facts.get("bad", ())]
-    if bad: notes.append(f"{len(bad):,} rows that can't be used were left out: {some([number for number, _ in facts['bad']])}; .check() says why")
     if facts.get("ignored"): notes.append("keys that nobody reads: " + ", ".join(facts["ignored"]))
     texts = [(text_problems(data, i), data.text(i)) for i in looked.tolist()] if data.tokenizer is not None else []
     odd, broken = sum(bool(p) for p, _ in texts), sum("\ufffd" in t for _, t in texts)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..data.batches import Batch, Loader, collate, idle
 from ..data.masks import Example
 from ..data.records import Dataset, read_data
+from ..data.views import left_out
 from ..kernels.wkv import backends
 from ..model.quant import kind_of, quantize
 from ..model.checkpoint import config_of, fastest_dtype, fingerprint, load, read, save
@@ -489,7 +490,7 @@ def begin(run: Run) -> Iterator[dict]:
     yield run.say("start", config=told, versions=_versions(), plan=run.plan(), data=dict(run.data.report(s.micro_bsz, s.micro_bsz * s.accumulate)), folder=str(run.folder))
     if resuming: yield run.say("resumed", step=run.step)
     for word in said_of_pages(run): yield run.say("warning", message=word)
-    for word in (*run.told, *run.loader.notes()) if not resuming else (): yield run.say("warning", message=word)
+    for word in (*run.told, *left_out(run.data.facts), *run.loader.notes()) if not resuming else (): yield run.say("warning", message=word)
     if not resuming and len(run.methods) > 1 and run.config.lr_init is None and any(n.endswith(".time_state") for n in run.trained):
         yield run.say("warning", message=f"the state is tuned at the same rate as the rest, {s.lr_init:g}, and may want a much higher one; set lr_init, or tune one after the other")
     if not resuming and run.held_out is None: yield run.say("warning", message="no rows are held out, so nothing tells whether the model gets better on rows that it has not seen, and the last weights are kept; set eval_split or eval_data")
