@@ -58,6 +58,7 @@ class Rows(BaseModel):
     ctx_len: int | None = setting(None, "longest row in tokens; unset: as long as the rows are", gt=1)
     long: Literal["refuse", "cut", "drop"] = setting("refuse", "what happens to rows longer than ctx_len; only, pad and get cut them anyway")
     untrained: Literal["refuse", "drop"] = setting("refuse", "what happens to rows in which no token is learnt")
+    bad: Literal["refuse", "drop"] = setting("refuse", "what happens to rows that can't be read or used, such as half a line of JSON; those that are dropped are listed")
     chunk_ctx: int | None = setting(None, "tokens of a row in memory at a time (infctx); unset: whole rows", gt=0)
 
 # %% ../../nbs/train/10_config.ipynb #93c3abf0
@@ -310,7 +311,7 @@ def check_sources(config: Config):
         if value is None: continue
         if isinstance(value, str) and not value.startswith(("<", "hf://")) and not any(Path(value + end).is_file() for end in ("", ".bin", ".idx")):
             raise FileNotFoundError(f"{name}: {value!r} is a folder; give the jsonl file in it" if value and Path(value).is_dir() else f"{name}: there is no file {value!r}; check the path")
-        if isinstance(value, (bool, int, float, dict, bytes)): raise ValueError(f"{name}: expected {what['data']}, got {_short(value)}")
+        if isinstance(value, (bool, int, float, dict, bytes)) and not hasattr(value, "with_format"): raise ValueError(f"{name}: expected {what['data']}, got {_short(value)}")
         if not isinstance(value, str) and not hasattr(value, "__iter__") and not hasattr(value, "__getitem__"): raise ValueError(f"{name}: expected {what['data']}, got {_short(value)}")
     for name in ("adapter", "state"):
         if getattr(config, name) and not Path(getattr(config, name)).exists(): raise FileNotFoundError(f"{name}: there is no {getattr(config, name)!r}; check the path")

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ..data.batches import Batch, Loader, collate, idle
 from ..data.masks import Example
 from ..data.records import Dataset, read_data
+from ..data.views import left_out
 from ..kernels.wkv import backends
 from ..model.quant import kind_of, quantize
 from ..model.checkpoint import config_of, fastest_dtype, fingerprint, load, read, save
@@ -107,7 +108,7 @@ def patient(asked):
 def read_rows_of(config: Config, tokenizer) -> tuple[Dataset, Dataset | None]:
     "(rows to train on, rows held out or None) that the settings name, encoded. The loaders that cut at ctx_len get whole rows to train on, and held-out rows in windows of ctx_len, so that none of their tokens goes uncounted."
     cuts = config.dataload in ("only", "pad", "get")
-    told = {"template": config.template, "loss_mask": config.loss_mask, "ctx_len": None if cuts and config.long == "refuse" else config.ctx_len, "long": config.long, "untrained": config.untrained}
+    told = {"template": config.template, "loss_mask": config.loss_mask, "ctx_len": None if cuts and config.long == "refuse" else config.ctx_len, "long": config.long, "untrained": config.untrained, "bad": config.bad}
     if config.sft_field: told["fields"] = dict(zip(("prompt", "completion"), config.sft_field))
     if config.mask_id: told["mask_id"] = config.mask_id
     part = {"split": config.sft_split} if "sft_split" in config.model_fields_set else {}
@@ -116,7 +117,7 @@ def read_rows_of(config: Config, tokenizer) -> tuple[Dataset, Dataset | None]:
         if getattr(source.tokenizer, "name", None) in (None, tokenizer.name): return source
         raise ConfigError(f"data: this Dataset was encoded for the tokenizer {source.tokenizer.name!r} and the model reads {tokenizer.name!r}; read it with read_data(..., model.tokenizer)")
     data, held_out = get(config.data, **part), None if config.eval_data is None else get(config.eval_data)
-    if held_out is None and config.eval_split and len(set(data.contents())) > 1: data, held_out = data.split(config.eval_split, config.seed)
+    if held_out is None and config.eval_split and data.varied: data, held_out = data.split(config.eval_split, config.seed)
     return data, in_windows(held_out, config.ctx_len) if cuts and held_out and config.ctx_len else held_out
 
 # %% ../../nbs/train/70_loop.ipynb #c6e66f10
@@ -500,11 +501,11 @@ def begin(run: Run) -> Iterator[dict]:
     run.engine, run.optimizer = share(run.accelerator, run.model, optimizer, run.config.strategy, run.config.grad_clip)
     set_moments(run.engine, run.optimizer, run.trained, moments)
     told = {k: recorded(v) for k, v in {**run.config.given, "name": run.folder.name, **vars(s)}.items() if v is not None}
-    yield run.say("start", config=told, versions=_versions(), plan=run.plan(), data=dict(run.data.report(s.micro_bsz)), folder=str(run.folder))
+    yield run.say("start", config=told, versions=_versions(), plan=run.plan(), data=dict(run.data.report(s.micro_bsz, s.micro_bsz * s.accumulate)), folder=str(run.folder))
     again = resuming and len(run.events) > 1      # ranks resume what was written for them, and begin it all the same
     if again: yield run.say("resumed", step=run.step)
     for word in said_of_pages(run): yield run.say("warning", message=word)
-    for word in (*run.told, *run.loader.notes()) if not again else (): yield run.say("warning", message=word)
+    for word in (*run.told, *left_out(run.data.facts), *run.loader.notes()) if not again else (): yield run.say("warning", message=word)
     if not again and len(run.methods) > 1 and run.config.lr_init is None and any(n.endswith(".time_state") for n in run.trained):
         yield run.say("warning", message=f"the state is tuned at the same rate as the rest, {s.lr_init:g}, and may want a much higher one; set lr_init, or tune one after the other")
     if not again and run.held_out is None: yield run.say("warning", message="no rows are held out, so nothing tells whether the model gets better on rows that it has not seen, and the last weights are kept; set eval_split or eval_data")
@@ -575,7 +576,7 @@ def plan_of(run: Run) -> dict:
     held = {id(p): p for p in model.parameters()}.values()
     per_step = min(run.loader.count, s.micro_bsz * s.accumulate)
     return {"model": str(recorded(run.config.model)), "methods": [type(m).__name__ for m in run.methods] or ["full"], "parameters": sum(p.numel() for p in held), "trained": trained,
-            "rows": len(run.data), "held_out_rows": len(run.held_out or ()), "tokens_per_epoch": run.loader.tokens, "trained_tokens_per_epoch": sum(e.trained for e in run.data),
+            "rows": len(run.data), "held_out_rows": len(run.held_out or ()), "tokens_per_epoch": run.loader.tokens, "trained_tokens_per_epoch": run.data.trained,
             "micro_bsz": s.micro_bsz, "accumulate": s.accumulate, "rows_per_step": per_step, "steps": s.steps, "epochs": round(s.steps * s.accumulate * s.micro_bsz / run.loader.count, 3) if s.batches is None else run.config.epochs or 1,
             "lr_init": s.lr_init, "lr_final": s.lr_final, "warmup_steps": s.warmup_steps, "eval_steps": s.eval_steps, "save_steps": s.save_steps,
             "estimate": {"weights_bytes": sum(p.numel() * p.element_size() for p in held), "gradient_bytes": 4 * trained, "optimiser_bytes": moment_bytes(run.trained.items(), run.config.optim), "how": "by formula; activations come on top"},
