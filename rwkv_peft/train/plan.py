@@ -93,6 +93,7 @@ class Started(LoRA):
             if getattr(part, "adapter", None) is not None:
                 for name in ("A", "B"): part.adapter.register_buffer(f"{name}0", torch.empty_like(getattr(part.adapter, name)).detach())
 
+# %% ../../nbs/train/65_plan.ipynb #0a01a609
 def without_look(method):
     "`method`, or for one whose start reads weights or rows a `LoRA` or `Started` in its shapes."
     if not isinstance(method, (EVA, LoftQ, MiLoRA, OLoRA, PiSSA)): return method
