@@ -23,7 +23,7 @@ import torch
 from .check import machine
 from .demo import demo_rows
 from .memory import saved_bytes
-from ..data.batches import collate
+from ..data.batches import Loader, collate
 from ..data.records import Dataset, read_data
 from ..kernels.heap import keep_heap
 from ..model.quant import quantize
@@ -123,7 +123,7 @@ def run_method(name: str, lr: float, seed: int = 0, steps: int = 24, task: Task 
     entry, task = entry_of(name), task or toy_task()
     keep_heap()                     # as a training run does
     torch.manual_seed(seed)
-    began, feed = time.process_time(), Feed(task.train, 8, seed=seed)
+    began, feed = time.process_time(), Feed(Loader(task.train, 8, seed=seed))
     model, look = RWKV.load(task.model, device="cpu", dtype=torch.float32), [collate([task.train[i] for i in range(8 * k, 8 * k + 8)], range(8 * k, 8 * k + 8)) for k in range(2)]
     method = entry.make(look)
     quantize(attach(model, method), entry.quant)

@@ -20,7 +20,8 @@ import torch
 from ..model.files import write_safetensors
 from .chat import segments_of, template_for
 from .masks import Example, check_mask, encode_segments, mask_segments
-from .rows import DataError, Row, read_rows
+from .rows import DataError, Row
+from .sources import read_rows
 from ..model.tokenizer import Bytes, World
 from ..show.curve import spark
 from ..show.html import Html, escape, table, tag, token_ribbon

@@ -21,7 +21,7 @@ __all__ = ['METHODS', 'METHOD_WORDS', 'SHORTHAND', 'TAKES', 'PAIRED', 'ConfigErr
            'Schedule', 'Optimiser', 'Hardware', 'Keeping', 'words', 'expected', 'nearest', 'sentences', 'is_foreign',
            'foreign_table', 'recorded', 'is_text_or_method', 'check_method', 'Config', 'check_later', 'check_sources',
            'check_places', 'spoken', 'check_beside', 'check_storage', 'check_optimiser', 'check_combinations',
-           'state_only', 'to_toml', 'read_toml', 'from_toml', 'settings_table']
+           'check_rows', 'state_only', 'to_toml', 'read_toml', 'from_toml', 'settings_table']
 
 # %% ../../nbs/train/10_config.ipynb #9a6e94cd
 class ConfigError(ValueError):
@@ -36,7 +36,7 @@ def setting(default, description: str, later: tuple = (), **limits):
 class Sources(BaseModel):
     "What is read"
     model: Any = setting(None, "base model: a bundled name such as \"rwkv7-tiny\", a checkpoint file, or a loaded RWKV")
-    data: Any = setting(None, "training rows: a jsonl file, a list of rows, or a Dataset")
+    data: Any = setting(None, "training rows: a file (jsonl, json, csv, parquet, txt), a pair of binidx files by their common name, hf://datasets/owner/name, a list of rows, a table, or a Dataset")
     eval_data: Any = setting(None, "held-out rows, in the forms of data; unset: a part of data (eval_split)")
     adapter: str | None = setting(None, "folder of an adapter to start from")
     state: str | None = setting(None, "file of a tuned state to start from, with peft = \"state\"")
@@ -44,16 +44,18 @@ class Sources(BaseModel):
 # %% ../../nbs/train/10_config.ipynb #21c9f0d6
 class Rows(BaseModel):
     "How rows become tokens"
-    template: Literal["rwkv", "think", "bot", "instruct", "qa", "alpaca", "raw"] | Callable[..., Any] | None = setting(
-        None, "how a row is written out: a word or a function; unset: by the shape of the rows", later=("think", "bot", "instruct", "qa", "alpaca"))
+    template: Literal["rwkv", "think", "fake_think", "bot", "instruct", "qa", "alpaca", "raw"] | Callable[..., Any] | None = setting(
+        None, "how a row is written out: a word or a function; unset: by the shape of the rows")
     loss_mask: Literal["none", "pad", "qa", "se", "assistant", "last", "all"] | None = setting(
-        None, "which tokens are learnt; unset: the assistant's turns, or everything in plain text", later=("qa", "se"))
-    mask_id: dict | None = setting(None, "marks of the se mask", later=("any value",))
-    sft_field: list[str] | None = setting(None, "names of the two columns of a question-answer table", later=("any value",))
-    sft_split: str = setting("train", "split of a Hugging Face data set")
-    dataload: Literal["bucket", "pad", "only", "get", "pack"] = setting("bucket", "how rows fill a batch; bucket: rows of similar length together", later=("pad", "only", "get", "pack"))
+        None, "which tokens are learnt; unset: the assistant's turns, or everything in plain text")
+    mask_id: dict | None = setting(None, "marks of the qa and se masks: {\"mask0\": where learning ends, \"mask1\": where it begins}; unset: User: and Assistant: for qa")
+    sft_field: list[str] | None = setting(None, "names of the two columns of a question-answer table, such as [\"question\", \"answer\"]; unset: prompt and completion")
+    sft_split: str = setting("train", "split of a Hugging Face data set, or a part of the rows, such as \"train[:1000]\"")
+    dataload: Literal["bucket", "pad", "only", "get", "pack"] = setting(
+        "bucket", "how rows fill a batch; bucket: rows of similar length together; pack: several whole rows in one of ctx_len; only: rows cut at ctx_len; pad: filled up to ctx_len by the next rows; get: windows from anywhere")
+    magic_prime: int | None = setting(None, "with get: windows in the order of RWKV-LM's magic prime, each once an epoch; unset: at random", gt=1)
     ctx_len: int | None = setting(None, "longest row in tokens; unset: as long as the rows are", gt=1)
-    long: Literal["refuse", "cut", "drop"] = setting("refuse", "what happens to rows longer than ctx_len")
+    long: Literal["refuse", "cut", "drop"] = setting("refuse", "what happens to rows longer than ctx_len; only, pad and get cut them anyway")
     untrained: Literal["refuse", "drop"] = setting("refuse", "what happens to rows in which no token is learnt")
     chunk_ctx: int | None = setting(None, "tokens of a row in memory at a time (infctx)", later=("any value",), gt=0)
 
@@ -254,6 +256,7 @@ class Config(Keeping, Hardware, Optimiser, Schedule, Method, Rows, Sources):
         check_later(self)
         check_sources(self)
         check_combinations(self)
+        check_rows(self)
         check_places(self)
         return self
 
@@ -291,7 +294,7 @@ def check_sources(config: Config):
     if config.resume and not config.name: raise ValueError("resume: which run? give its name as well")
     if config.name and (re.search(r'^\s|\s$|\.$|[/\\:*?"<>|\x00-\x1f]', config.name) or len(config.name.encode()) > 200):
         raise ValueError(f"name: {_short(config.name)} can't be a folder's name; use letters, digits, - and _")
-    what = {"model": "a bundled name such as 'rwkv7-tiny', a checkpoint file, or a loaded RWKV", "data": "a jsonl file or a list of rows"}
+    what = {"model": "a bundled name such as 'rwkv7-tiny', a checkpoint file, or a loaded RWKV", "data": "a file such as rows.jsonl, or a list of rows"}
     for name, kinds in what.items():
         if getattr(config, name) is None and not config.resume: raise ValueError(f"{name}: is missing; give {kinds}")
     kind = type(config.model)
@@ -300,7 +303,7 @@ def check_sources(config: Config):
     for name in ("data", "eval_data"):
         value = getattr(config, name)
         if value is None: continue
-        if isinstance(value, str) and not value.startswith("<") and not Path(value).is_file():
+        if isinstance(value, str) and not value.startswith(("<", "hf://")) and not any(Path(value + end).is_file() for end in ("", ".bin", ".idx")):
             raise FileNotFoundError(f"{name}: {value!r} is a folder; give the jsonl file in it" if value and Path(value).is_dir() else f"{name}: there is no file {value!r}; check the path")
         if isinstance(value, (bool, int, float, dict, bytes)): raise ValueError(f"{name}: expected {what['data']}, got {_short(value)}")
         if not isinstance(value, str) and not hasattr(value, "__iter__") and not hasattr(value, "__getitem__"): raise ValueError(f"{name}: expected {what['data']}, got {_short(value)}")
@@ -387,6 +390,14 @@ def check_combinations(config: Config):
     if config.train_parts and peft == "none": raise ValueError("train_parts: peft = 'none' trains every part already; leave it out")
     if config.state and not state_only(config): raise ValueError("state: a state to start from is used with peft = 'state' in this version")
     if config.precision in ("bf16", "fp16") and peft == "none": raise ValueError(f"precision = {config.precision!r} with peft = 'none' is not in this version yet: it needs fp32 masters of every weight; use fp32 or auto")
+
+# %% ../../nbs/train/10_config.ipynb #41f20788
+def check_rows(config: Config):
+    "Settings of the rows that need one another."
+    if config.sft_field is not None and len(config.sft_field) != 2: raise ValueError(f"sft_field: two columns are needed, the question's and the answer's, such as ['question', 'answer'], got {_short(config.sft_field)}")
+    if config.mask_id is not None and config.loss_mask not in ("qa", "se"): raise ValueError("mask_id: holds the marks of loss_mask = 'qa' or 'se'; say that as well, or leave mask_id out")
+    if config.mask_id is None and config.loss_mask == "se": raise ValueError('loss_mask: se learns between two marks of yours; give them, mask_id = {"mask0": where learning ends, "mask1": where it begins}')
+    if config.magic_prime is not None and config.dataload != "get": raise ValueError("magic_prime: is the order of dataload = 'get'; say that as well, or leave it out")
 
 # %% ../../nbs/train/10_config.ipynb #13662673
 def state_only(config: Config) -> bool:

@@ -19,7 +19,8 @@ import time
 import warnings
 import torch
 from torch import Tensor, nn
-from ..data.batches import Batch, batches, collate, count_batches
+from ..data.batches import Batch, Loader, collate, idle
+from ..data.masks import Example
 from ..data.records import Dataset, read_data
 from ..kernels.wkv import backends
 from ..model.quant import kind_of, quantize
@@ -41,11 +42,11 @@ from .loss import LossScale, accumulate, on_device, over_ranks, penalty_of, trai
 from .optim import default_lr, lorafa_groups, lr_at, make_optimizer, methods_of, moment_bytes, optimizer_groups, set_lr, update_of
 
 # %% auto #0
-__all__ = ['TrainingError', 'Feed', 'patient', 'accelerator_on', 'read_rows_of', 'load_base', 'settle', 'plain_words',
-           'gradient_of', 'take_step', 'turn', 'peak_memory', 'not_finite', 'examine', 'speak', 'keep', 'put_back',
-           'starts_of', 'go_on', 'finish', 'save_results', 'train', 'halt', 'prepare', 'left_by', 'take_off',
-           'check_same', 'make_trainable', 'look_at_rows', 'save_looked_at', 'begin', 'said_of_pages', 'find_rate',
-           'plan_of', 'report_of', 'Run', 'events_of', 'last_words', 'finetune']
+__all__ = ['TrainingError', 'Feed', 'patient', 'accelerator_on', 'read_rows_of', 'in_windows', 'load_base', 'settle',
+           'plain_words', 'gradient_of', 'take_step', 'turn', 'peak_memory', 'not_finite', 'examine', 'speak', 'keep',
+           'put_back', 'starts_of', 'go_on', 'finish', 'save_results', 'train', 'halt', 'prepare', 'left_by',
+           'take_off', 'check_same', 'make_trainable', 'look_at_rows', 'save_looked_at', 'begin', 'said_of_pages',
+           'find_rate', 'plan_of', 'report_of', 'Run', 'events_of', 'last_words', 'finetune']
 
 # %% ../../nbs/train/70_loop.ipynb #d54764fe
 class TrainingError(RuntimeError):
@@ -57,24 +58,29 @@ class TrainingError(RuntimeError):
 
 # %% ../../nbs/train/70_loop.ipynb #3d7fd878
 class Feed:
-    "Micro-batches, epoch after epoch. `epoch` and `start` (the next batch's number) are its place; `taken` counts the batches since the run began."
+    """Micro-batches of `loader`, epoch after epoch. `epoch` and `start` (the next batch's number) are its place, the same on every rank; `taken` counts the batches since the run began.
+    Of the batches of a step, rank `rank` of `world` gets every `world`-th; `rows` are those of the last step on all ranks, indices into the data set."""
 
-    def __init__(self, data: Sequence, micro_bsz: int, dataload: str = "bucket", seed: int = 0, epoch: int = 0, start: int = 0):
-        self.data, self.settings = data, {"micro_bsz": micro_bsz, "dataload": dataload, "seed": seed}
-        self.per_epoch, self.epoch, self.start, self.stream = count_batches(data, micro_bsz), epoch, start, None
+    def __init__(self, loader: Loader, epoch: int = 0, start: int = 0, rank: int = 0, world: int = 1):
+        self.loader, self.epoch, self.start, self.rank, self.world = loader, epoch, start, rank, world
+        self.rows, self.table = [], None
 
     @property
-    def taken(self) -> int: return self.epoch * self.per_epoch + self.start
+    def taken(self) -> int: return self.epoch * len(self.loader) + self.start
+
+    def next(self):
+        "The next line of the order, across the end of an epoch if need be."
+        if self.start == len(self.loader): self.epoch, self.start, self.table = self.epoch + 1, 0, None
+        if self.table is None: self.table = self.loader.table(self.epoch)
+        self.start += 1
+        return self.table[self.start - 1]
 
     def take(self, n: int) -> list[Batch]:
-        "The next `n` micro-batches, across the end of an epoch if need be."
-        found = []
-        while len(found) < n:
-            if self.start == self.per_epoch: self.epoch, self.start, self.stream = self.epoch + 1, 0, None
-            if self.stream is None: self.stream = batches(self.data, **self.settings, epoch=self.epoch, start=self.start)
-            found.append(next(self.stream))
-            self.start += 1
-        return found
+        "This rank's share of the next `n` micro-batches; an idle one if other ranks have one more."
+        items = [self.next() for _ in range(n)]
+        self.rows = [i for item in items for i in self.loader.rows(item)]
+        mine = items[self.rank::self.world]
+        return [self.loader.batch(item) for item in mine] + [idle()] * (-(-n // self.world) - len(mine))
 
 # %% ../../nbs/train/70_loop.ipynb #83dc2324
 @contextmanager
@@ -104,15 +110,30 @@ def accelerator_on(device: torch.device):
 
 # %% ../../nbs/train/70_loop.ipynb #19710a52
 def read_rows_of(config: Config, tokenizer) -> tuple[Dataset, Dataset | None]:
-    "(rows to train on, rows held out or None) that the settings name, encoded."
-    told = {"template": config.template, "loss_mask": config.loss_mask, "ctx_len": config.ctx_len, "long": config.long, "untrained": config.untrained}
-    def get(source):
-        if not isinstance(source, Dataset): return read_data(source, tokenizer, **told)
+    "(rows to train on, rows held out or None) that the settings name, encoded. The loaders that cut at ctx_len get whole rows to train on, and held-out rows in windows of ctx_len, so that none of their tokens goes uncounted."
+    cuts = config.dataload in ("only", "pad", "get")
+    told = {"template": config.template, "loss_mask": config.loss_mask, "ctx_len": None if cuts and config.long == "refuse" else config.ctx_len, "long": config.long, "untrained": config.untrained}
+    if config.sft_field: told["fields"] = dict(zip(("prompt", "completion"), config.sft_field))
+    if config.mask_id: told["mask_id"] = config.mask_id
+    part = {"split": config.sft_split} if "sft_split" in config.model_fields_set else {}
+    def get(source, **part):
+        if not isinstance(source, Dataset): return read_data(source, tokenizer, **told, **part)
         if getattr(source.tokenizer, "name", None) in (None, tokenizer.name): return source
         raise ConfigError(f"data: this Dataset was encoded for the tokenizer {source.tokenizer.name!r} and the model reads {tokenizer.name!r}; read it with read_data(..., model.tokenizer)")
-    if config.eval_data is not None: return get(config.data), get(config.eval_data)
-    data = get(config.data)
-    return data.split(config.eval_split, config.seed) if config.eval_split and len(set(data.contents())) > 1 else (data, None)
+    data, held_out = get(config.data, **part), None if config.eval_data is None else get(config.eval_data)
+    if held_out is None and config.eval_split and len(set(data.contents())) > 1: data, held_out = data.split(config.eval_split, config.seed)
+    return data, in_windows(held_out, config.ctx_len) if cuts and held_out and config.ctx_len else held_out
+
+# %% ../../nbs/train/70_loop.ipynb #c6e66f10
+def in_windows(data: Dataset, ctx_len: int) -> Dataset:
+    "`data` with every row of more than `ctx_len` positions as several, one after the other, so that each token is predicted once; those without a trained token are left out."
+    if max(data.lengths) <= ctx_len: return data
+    def windows(e: Example):
+        for a in range(0, e.length, ctx_len):
+            weights = e.weights[a:a + ctx_len + 1].clone()
+            weights[0] = 0
+            if weights.any(): yield Example(e.tokens[a:a + ctx_len + 1], weights, e.row)
+    return Dataset([w for e in data for w in windows(e)], data.tokenizer, data.facts)
 
 # %% ../../nbs/train/70_loop.ipynb #666b354a
 def load_base(config: Config) -> nn.Module:
@@ -124,11 +145,11 @@ def load_base(config: Config) -> nn.Module:
     return load(config.model, device=device, dtype=torch.float32 if whole else kinds[config.precision])
 
 # %% ../../nbs/train/70_loop.ipynb #f7214e14
-def settle(config: Config, rows: int, lr: float | None) -> SimpleNamespace:
-    "The numbers that follow from the settings for `rows` training rows: micro_bsz accumulate steps batches lr_init lr_final warmup_steps eval_steps save_steps. `lr`: the method's own rate."
+def settle(config: Config, per_epoch: int, lr: float | None) -> SimpleNamespace:
+    "The numbers that follow from the settings for `per_epoch` micro-batches an epoch: micro_bsz accumulate steps batches lr_init lr_final warmup_steps eval_steps save_steps. `lr`: the method's own rate."
     s = SimpleNamespace(micro_bsz=config.micro_bsz or 1)
     s.accumulate = config.accumulate or max(1, round(16 / s.micro_bsz))
-    s.batches = None if config.max_steps else max(1, round((config.epochs or 1) * count_batches(range(rows), s.micro_bsz)))
+    s.batches = None if config.max_steps else max(1, round((config.epochs or 1) * per_epoch))
     s.steps = config.max_steps or math.ceil(s.batches / s.accumulate)
     s.lr_init = config.lr_init if config.lr_init is not None else lr
     s.lr_final = config.lr_final if config.lr_final is not None else None if s.lr_init is None else s.lr_init / 10
@@ -158,20 +179,20 @@ def gradient_of(run: Run, taken: Sequence[Batch], total: float) -> tuple[float, 
 
 # %% ../../nbs/train/70_loop.ipynb #6ba7e6cb
 def take_step(run: Run) -> dict:
-    "One optimiser step. Returns the fields of its event; raises TrainingError, with nothing updated, when loss or gradient are not finite."
+    "One optimiser step. Returns the fields of its event; raises TrainingError, with nothing updated, when loss or gradient are not finite. Where no token is trained (windows of `get` under a mask may have none), the loss is 0 and nothing is updated."
     began, s = time.perf_counter(), run.settled
     left = s.accumulate if s.batches is None else min(s.accumulate, s.batches - run.feed.taken)
     taken, lr = run.feed.take(left), lr_at(run.step, s.steps, s.lr_init, s.lr_final, run.config.lr_schedule, s.warmup_steps)
     set_lr(run.optimizer, lr)
-    loss, norm = gradient_of(run, taken, over_ranks(run.accelerator, trained_tokens(taken)))
+    total = over_ranks(run.accelerator, trained_tokens(taken))
+    loss, norm = gradient_of(run, taken, total or 1.)
     if not (math.isfinite(loss) and math.isfinite(norm)): raise not_finite(run, taken, loss, norm)
-    run.optimizer.step()
+    if total: run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     run.step += 1
     turn(run)
-    found = [i for b in taken for i in b.rows]
-    return {"step": run.step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": sum(run.lengths[i] for i in found),
-            "seconds": time.perf_counter() - began, "memory": peak_memory(run.device), "rows": found}
+    return {"step": run.step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": sum(b.read for b in taken),
+            "seconds": time.perf_counter() - began, "memory": peak_memory(run.device), "rows": run.feed.rows}
 
 # %% ../../nbs/train/70_loop.ipynb #57a347c4
 def turn(run: Run):
@@ -275,7 +296,7 @@ def go_on(run: Run):
     run.random.state = training["random"]
     run.scale.factor, run.scale.calm = training.get("scale", [run.scale.factor, 0])
     for name in ("best_loss", "best_step", "waited", "evaluated"): setattr(run, name, training[name])
-    run.feed = Feed(run.data, run.settled.micro_bsz, run.config.dataload, run.config.seed, training["epoch"], training["start"])
+    run.feed = Feed(run.loader, training["epoch"], training["start"], run.accelerator.process_index, run.accelerator.num_processes)
 
 # %% ../../nbs/train/70_loop.ipynb #0f63e524
 def finish(run: Run) -> dict:
@@ -346,12 +367,13 @@ def prepare(run: Run):
     tokenizer = tokenizer_for(config_of(read(config.model)).vocab_size) if isinstance(config.model, str) else config.model.tokenizer
     if resuming: run.data, run.held_out, prints = load_rows(run.folder, tokenizer)
     else: run.data, run.held_out = read_rows_of(config, tokenizer)
+    run.loader = Loader(run.data, config.micro_bsz or 1, config.dataload, config.ctx_len, config.seed, magic_prime=config.magic_prime)
     model = load_base(config)
     left = resuming and left_by(model, run.folder)
     run.base = model.attached.base if left else fingerprint(model)
     if resuming: check_same(run, prints, tokenizer)
     if left: take_off(model, run.methods)
-    run.tokenizer, run.lengths = tokenizer, [len(e.tokens) - 1 for e in run.data]
+    run.tokenizer = tokenizer
     run.device = next(model.parameters()).device
     run.random = OwnRandomness(config.seed, str(run.device))
     with run.random:
@@ -363,7 +385,7 @@ def prepare(run: Run):
     if config.backend != "auto": model.backend = config.backend
     run.held_out_bytes = trained_bytes(run.held_out, tokenizer) if run.held_out else 0
     run.model, run.scale = model.train(), LossScale(next(model.parameters()).dtype)
-    run.settled = settle(config, len(run.data), default_lr(run.methods))
+    run.settled = settle(config, len(run.loader), default_lr(run.methods))
 
 # %% ../../nbs/train/70_loop.ipynb #95a8c7b4
 def left_by(model: nn.Module, folder: Path) -> bool:
@@ -426,7 +448,7 @@ def look_at_rows(run: Run, method, enough: int = 4096):
     elif method.batches is not None: found = run.looked_at = list(method.batches)
     else:
         found, seen = [], 0
-        for batch in batches(run.data, run.config.micro_bsz or 1, run.config.dataload, run.config.seed):
+        for batch in map(run.loader.batch, run.loader.table(0)):
             if seen >= enough: break
             found, seen = [*found, batch], seen + trained_tokens([batch])
     return replace(method, batches=found)
@@ -459,13 +481,13 @@ def begin(run: Run) -> Iterator[dict]:
     named = run.trained if run.config.optim == "lorafa" else trained_parameters(run.model)
     optimizer = make_optimizer(named.items(), s.lr_init, **update_of(run.config), model=run.model)
     run.model, run.optimizer = run.accelerator.prepare(run.model, optimizer, device_placement=[False, False])
-    run.feed = Feed(run.data, s.micro_bsz, run.config.dataload, run.config.seed)
+    run.feed = Feed(run.loader, 0, 0, run.accelerator.process_index, run.accelerator.num_processes)
     if resuming: go_on(run)
     told = {k: recorded(v) for k, v in {**run.config.given, "name": run.folder.name, **vars(s)}.items() if v is not None}
     yield run.say("start", config=told, versions=_versions(), plan=run.plan(), data=dict(run.data.report(s.micro_bsz)), folder=str(run.folder))
     if resuming: yield run.say("resumed", step=run.step)
     for word in said_of_pages(run): yield run.say("warning", message=word)
-    for word in run.told if not resuming else (): yield run.say("warning", message=word)
+    for word in (*run.told, *run.loader.notes()) if not resuming else (): yield run.say("warning", message=word)
     if not resuming and len(run.methods) > 1 and run.config.lr_init is None and any(n.endswith(".time_state") for n in run.trained):
         yield run.say("warning", message=f"the state is tuned at the same rate as the rest, {s.lr_init:g}, and may want a much higher one; set lr_init, or tune one after the other")
     if not resuming and run.held_out is None: yield run.say("warning", message="no rows are held out, so nothing tells whether the model gets better on rows that it has not seen, and the last weights are kept; set eval_split or eval_data")
@@ -481,7 +503,7 @@ def said_of_pages(run: Run) -> list[str]:
 def find_rate(run: Run):
     "Lets the learning-rate finder choose lr_init and lr_final; what it saw is kept in `run.rates`."
     from rwkv_peft.train.lr_finder import find_lr
-    with run.random, run.work(): run.rates = find_lr(run.model, run.data, run.trained, micro_bsz=run.settled.micro_bsz, seed=run.config.seed)
+    with run.random, run.work(): run.rates = find_lr(run.model, run.loader, run.trained)
     run.settled.lr_init = run.rates["lr"]
     if run.settled.lr_final is None: run.settled.lr_final = run.settled.lr_init / 10
 
@@ -499,10 +521,10 @@ def plan_of(run: Run) -> dict:
     prepare(run)
     s, model, trained = run.settled, run.model, sum(p.numel() for p in run.trained.values() if p.requires_grad)
     held = {id(p): p for p in model.parameters()}.values()
-    per_step = min(len(run.data), s.micro_bsz * s.accumulate)
+    per_step = min(run.loader.count, s.micro_bsz * s.accumulate)
     return {"model": str(recorded(run.config.model)), "methods": [type(m).__name__ for m in run.methods] or ["full"], "parameters": sum(p.numel() for p in held), "trained": trained,
-            "rows": len(run.data), "held_out_rows": len(run.held_out or ()), "tokens_per_epoch": sum(run.lengths), "trained_tokens_per_epoch": sum(e.trained for e in run.data),
-            "micro_bsz": s.micro_bsz, "accumulate": s.accumulate, "rows_per_step": per_step, "steps": s.steps, "epochs": round(s.steps * s.accumulate * s.micro_bsz / len(run.data), 3) if s.batches is None else run.config.epochs or 1,
+            "rows": len(run.data), "held_out_rows": len(run.held_out or ()), "tokens_per_epoch": run.loader.tokens, "trained_tokens_per_epoch": sum(e.trained for e in run.data),
+            "micro_bsz": s.micro_bsz, "accumulate": s.accumulate, "rows_per_step": per_step, "steps": s.steps, "epochs": round(s.steps * s.accumulate * s.micro_bsz / run.loader.count, 3) if s.batches is None else run.config.epochs or 1,
             "lr_init": s.lr_init, "lr_final": s.lr_final, "warmup_steps": s.warmup_steps, "eval_steps": s.eval_steps, "save_steps": s.save_steps,
             "estimate": {"weights_bytes": sum(p.numel() * p.element_size() for p in held), "gradient_bytes": 4 * trained, "optimiser_bytes": moment_bytes(run.trained.items(), run.config.optim), "how": "by formula; activations come on top"},
             "device": str(run.device), "precision": str(next(model.parameters()).dtype).removeprefix("torch."), "folder": str(run.folder)}

@@ -7,11 +7,10 @@ __all__ = ['suggest', 'find_lr']
 
 # %% ../../nbs/train/80_lr_finder.ipynb #39947238
 from collections.abc import Sequence
-from itertools import islice
 import math
 import torch
 from torch import nn
-from ..data.batches import batches
+from ..data.batches import Loader
 from .loss import accumulate, trained_tokens
 from .optim import make_optimizer, set_lr
 
@@ -25,9 +24,10 @@ def suggest(rates: Sequence[float], losses: Sequence[float]) -> float:
     return float(f"{rates[at] / 10:.1e}")
 
 # %% ../../nbs/train/80_lr_finder.ipynb #a8b22ba1
-def find_lr(model: nn.Module, data: Sequence, trained: dict[str, nn.Parameter], micro_bsz: int = 1, seed: int = 0, rows: int = 16, low: float = 1e-4, high: float = 10.0, steps: int = 13) -> dict:
-    "`lr` (a suggestion), `rates` (steps) and `losses` (steps + 1) of a range test from `low` to `high` over the first `rows` rows of epoch 0. Deterministic; the model is left as it was."
-    taken = list(islice(batches(data, micro_bsz=micro_bsz, seed=seed), max(1, round(rows / micro_bsz))))
+def find_lr(model: nn.Module, data: Sequence | Loader, trained: dict[str, nn.Parameter], micro_bsz: int = 1, seed: int = 0, rows: int = 16, low: float = 1e-4, high: float = 10.0, steps: int = 13) -> dict:
+    "`lr` (a suggestion), `rates` (steps) and `losses` (steps + 1) of a range test from `low` to `high` over the first `rows` rows of epoch 0 of `data`, rows (then in batches of `micro_bsz`, ordered by `seed`) or a loader. Deterministic; the model is left as it was."
+    loader = data if isinstance(data, Loader) else Loader(data, micro_bsz, seed=seed)
+    taken = [loader.batch(item) for item in loader.table(0)[:max(1, round(rows / loader.micro_bsz))]]
     total, before = trained_tokens(taken), {name: p.detach().clone() for name, p in trained.items()}
     optimizer, rates, losses = make_optimizer(trained.items(), lr=low), [], []
     try:
