@@ -88,9 +88,18 @@ def tune(words: Words):
 
 # %% ../nbs/99_cli.ipynb #36da4d0a
 @app.command()
-def plan(words: Words):
+def plan(words: Words = [], like: Annotated[Optional[str], typer.Option(help="a released size, such as RWKV6-7B, in place of a model and rows")] = None,
+         on: Annotated[str, typer.Option(help="with --like: cuda or cpu")] = "cuda", memory: Annotated[Optional[float], typer.Option(min=0, help="with --like: its memory in GiB")] = None):
     "What a run would do: steps, trained numbers, memory. Trains nothing."
-    for key, value in _run(words).plan().items(): print(f"{key.replace('_', ' ')}: {value}")
+    from rwkv_peft.train.plan import as_rows, plan_like, readable
+    if like is None: rows = as_rows(_run(words).plan())
+    else:
+        from rwkv_peft.train.config import read_toml
+        file, settings = settings_of(words)
+        if on not in ("cuda", "cpu"): raise typer.BadParameter(f"--on {on} is not known; use cuda or cpu")
+        try: rows = readable(plan_like(like, (read_toml(file)[0] if file else {}) | settings, on, None if memory is None else int(memory * 2**30)))
+        except ValueError as error: raise typer.BadParameter(str(error)) from None
+    for key, value in rows.items(): print(f"{key.replace('_', ' ')}: {value}")
 
 # %% ../nbs/99_cli.ipynb #0a7290f8
 def prompt_text(said: str) -> str:
