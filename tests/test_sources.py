@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
+from rwkv_peft.data.chat import rwkv, segments_of
 from rwkv_peft.data.rows import DataError, check_row
 from rwkv_peft.data.sources import FORMATS, bounds_of, iter_rows, open_source, parse_block, parse_split, read_rows, sniff
 
@@ -318,11 +319,25 @@ def test_other_names():
 
 
 def test_what_nobody_reads_is_kept_in_sight():
-    row = check_row({"messages": [{"role": "user", "content": "a", "id": 1}, {"role": "tool", "content": "b", "tool_call_id": "x", "mood": None}], "tools": [], "train": True}, 1, "row 1")
-    assert row.ignored == ("tools", "messages.id", "messages.tool_call_id") and row.weight == 1
+    row = check_row({"messages": [{"role": "user", "content": "a", "id": 1}, {"role": "tool", "content": "b", "tool_call_id": "x", "mood": None}], "topic": [], "train": True}, 1, "row 1")
+    assert row.ignored == ("topic", "messages.id", "messages.tool_call_id") and row.weight == 1
+
+
+def test_tools_of_a_row_stand_in_its_system_turn():
+    "OpenAI keeps `tools` beside the messages; a columnar file fills absent keys with null, and some data sets keep JSON as text."
+    tool = {"type": "function", "function": {"name": "add", "description": None, "parameters": {"properties": {"a": {"type": "integer"}, "b": None}, "required": ["a"]}}}
+    turns = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
+    for tools in ([tool], json.dumps([tool])):
+        for head in ([], [{"role": "system", "content": "Count."}]):
+            row = check_row({"messages": head + turns, "tools": tools}, 1, "row 1")
+            said = head[0]["content"] + "\n" if head else ""
+            assert segments_of(row, rwkv)[0] == (f"System: {said}Tools:\n- add(a: integer)\n\nUser: 1+1?\n\nAssistant:", 0.0) and not row.ignored
+    assert check_row({"messages": turns, "tools": []}, 1, "row 1").content == check_row({"messages": turns}, 1, "row 1").content
 
 
 @pytest.mark.parametrize("row, said", [
+    (chat({"role": "user", "content": "a"}) | {"tools": "{"}, ("key 'tools'", "JSON")),
+    (chat({"role": "user", "content": "a"}) | {"tools": [{"function": {}}]}, ("key 'tools'", "list of tools")),
     ({"messages": [{"role": "user", "content": "a"}], "conversations": [{"from": "gpt", "value": "b"}]}, ("both 'messages' and 'conversations'", "fields=")),
     ({"Prompt": "a", "completions": "b"}, ("did you mean fields={'prompt': 'Prompt', 'completion': 'completions'}",)),
     ({"conversation": []}, ("did you mean fields={'messages': 'conversation'}",)),

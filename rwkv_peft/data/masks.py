@@ -115,9 +115,9 @@ def _regrouped(segments: Sequence[tuple[str, float]], pieces: Sequence[str]) -> 
         raise DataError(f"the segments are another text than the pieces, or run over a border of theirs, near {''.join(pieces)[:40]!r}; only split what the template wrote")
     for start, end in zip([0, *borders], borders): yield segments[bisect_right(ends, start):bisect_right(ends, end)]
 
-def _weights_of(ids: Sequence[int], group: Sequence[tuple[str, float]], tokenizer: Any) -> list[float]:
+def _weights_of(ids: Sequence[int], group: Sequence[tuple[str, float]], tokenizer: Any) -> Sequence[float]:
     "Each token's weight: that of the segment of `group` in which its first byte lies."
-    if len(group) == 1: return [group[0][1]] * len(ids)
+    if len(group) == 1: return np.full(len(ids), group[0][1])
     starts = [0, *accumulate(len(tokenizer.token_bytes(i)) for i in ids)]
     ends = list(accumulate(len(text.encode()) for text, _ in group))
     if ends and starts[-1] != ends[-1]: raise DataError(f"the tokenizer's token_bytes give {starts[-1]} of {ends[-1]} bytes, so a mask inside a text can't be placed; use a loss_mask of whole turns")
@@ -127,14 +127,15 @@ def _weights_of(ids: Sequence[int], group: Sequence[tuple[str, float]], tokenize
 def encode_segments(segments: Sequence[tuple[str, float]], tokenizer: Any, bos: bool = True, eos: bool = True, row: int = 0, pieces: Sequence[str] | None = None) -> Example:
     """Each segment tokenised alone, joined, between two ids 0 (`bos`, `eos`); the last one weighs what the last segment weighs.
     `pieces` are the texts that are tokenised alone, where a mask has split them into segments."""
-    tokens, weights = ([0], [0.0]) if bos else ([], [])
+    tokens, weights = ([0], [np.zeros(1)]) if bos else ([], [])
     for group in ([s] for s in segments) if pieces is None else _regrouped(segments, pieces):
         ids = tokenizer.encode("".join(text for text, _ in group))
         tokens += ids
-        weights += _weights_of(ids, group, tokenizer)
-    if eos: tokens, weights = tokens + [0], weights + [segments[-1][1] if segments else 0.0]
-    if weights: weights[0] = 0.0
-    return Example(torch.tensor(tokens, dtype=torch.int64), torch.tensor(weights, dtype=torch.float32), row, tuple(segments))
+        weights.append(_weights_of(ids, group, tokenizer))
+    if eos: tokens, weights = tokens + [0], weights + [[segments[-1][1] if segments else 0.0]]
+    weights = np.concatenate(weights or [[]]).astype(np.float32)
+    weights[:1] = 0
+    return Example(torch.from_numpy(np.array(tokens, np.int64)), torch.from_numpy(weights), row, tuple(segments))     # numpy reads a list three times as fast as torch
 
 # %% ../../nbs/data/30_masks.ipynb #13a2c7a4
 def _starts(ids: np.ndarray, pattern: Sequence[int]) -> np.ndarray:
