@@ -21,6 +21,7 @@ from ..peft.adapters import attach, trained_parameters
 from ..peft.inits import EVA, LoftQ, MiLoRA, OLoRA, PiSSA
 from ..peft.lora import LoRA, MethodError
 from .config import Config, ConfigError
+from .infctx import infctx
 from .loss import accumulate, penalty_of
 from .optim import make_optimizer, methods_of, moment_bytes, update_of
 
@@ -113,6 +114,7 @@ def ghost(config: Config, sizes: RWKVConfig, device: str, dtype: torch.dtype | N
     gpu = torch.device(device).type == "cuda"
     model.grad_cp = gpu if config.grad_cp == "auto" else config.grad_cp
     model.backend = ("cuda" if model.emb.weight.dtype != torch.float32 else "chunk") if gpu and config.backend in ("auto", "fla") else config.backend
+    if config.train_type == "infctx": infctx(model, config.chunk_ctx, config.bptt)
     return model.train()
 
 # %% ../../nbs/train/65_plan.ipynb #467534bd
