@@ -353,9 +353,14 @@ def bench_generate(tokens: Annotated[int, typer.Option(min=1, help="decoded in a
 def bench_memory(tokens: Annotated[list[int], typer.Option(min=1, help="may be given several times")] = [512, 1024, 2048, 4096],
                  small: Annotated[bool, typer.Option("--small", help="a small model, for a quick look")] = False,
                  infctx: Annotated[bool, typer.Option("--infctx", help="2,048 and 16,384 tokens in pieces of 512 as well")] = False,
+                 plan: Annotated[bool, typer.Option("--plan", help="the plan's bytes beside the peaks of processes, and nothing else")] = False,
                  json: Json = None, figure: Figure = None, check: Check = False):
     "Peak memory of a LoRA step, plain, checkpointed and in pieces."
-    from rwkv_peft.bench.peaks import bench_memory, memory_figures, memory_table
+    from rwkv_peft.bench.peaks import bench_memory, bench_plan, memory_figures, memory_table, plan_table
+    if plan:
+        planned = bench_plan()
+        print(plan_table(planned))
+        return report("memory", {"plan": planned}, {}, json, figure, check)
     result = bench_memory(lengths=tokens, small=small, infctx=[2048, 16384] if infctx else [])
     print(memory_table(result))
     report("memory", {"memory": result}, memory_figures(result), json, figure, check)

@@ -1,7 +1,7 @@
 "The plan of a step: what is counted, against PyTorch's own hooks, RWKV-PEFT's published tables and measured processes."
 import json
 import math
-from dataclasses import replace
+import os
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from seed_stack import live_peak, live_peaks
 from rwkv_peft import finetune
 from rwkv_peft.bench.demo import demo_rows
 from rwkv_peft.bench.memory import saved_bytes
+from rwkv_peft.bench.peaks import bench_plan
 from rwkv_peft.model.checkpoint import blank
 from rwkv_peft.model.quant import quantize
 from rwkv_peft.model.rwkv import RWKV, RWKVConfig
@@ -30,7 +31,7 @@ def small(version="7", layers=3, C=128, V=384): return RWKVConfig(version, layer
 def test_views_cost_nothing_and_what_is_dropped_is_given_back():
     with Live() as live:
         x = torch.empty(1000, 3, device="meta")
-        y = x.t()[1:].view(-1)[::7]
+        y = x[1:].view(-1)[::7]
         held = live.now
         z = x + 1
         peak = live.now
@@ -54,7 +55,7 @@ def test_a_ghost_keeps_what_the_model_keeps(version, said):
     real = saved_bytes(lambda: model.train()(tokens, targets=tokens, weights=weights), [*model.parameters(), *model.buffers()])
     found = walk(config, sizes, T)
     kept = found["peaks"]["loss"] - found["logits"] - found["weights"] - found["optimiser"]
-    assert abs(kept - real) < .05 * real + 2**18, (kept, real)
+    assert abs(kept - real) < .05 * real + 2**19, (kept, real)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -155,7 +156,7 @@ def test_a_run_says_its_memory_and_compares(tmp_path):
     memory = start["plan"]["memory"]
     longest = max(len(e.tokens) for e in run.data) - 1
     assert memory["length"] == longest and memory["weights"] >= 4 * start["plan"]["parameters"] and memory["fits"] in (True, None)
-    assert done["memory"]["planned"] == memory["peak"] + memory["outside"][1] and done["memory"]["measured"] > memory["peak"]
+    assert done["memory"]["planned"] == memory["peak"] + memory["outside"][0] and done["memory"]["measured"] > memory["peak"]
     assert run.plan()["time"] == "0 minutes for the steps left"
 
 
@@ -169,3 +170,12 @@ def test_plan_without_weights():
 
 @pytest.mark.parametrize("said", [{"peft": w} for w in ("olora", "milora", "eva", "loftq", "bone", "lisa")] + [{"peft": "none", "optim": "apollo"}, {"peft": "lora", "optim": "lorafa"}, {"peft": "lora", "dropout": .1}], ids=str)
 def test_every_method_and_optimiser_can_be_planned(said): assert plan_step(settings(**said), small(), 48)["peak"] > 0
+
+
+# ---------------------------------------------------------------- processes
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="peaks are read from Linux")
+def test_the_peaks_of_six_processes():
+    found = bench_plan()
+    rows = [r for r in found["rows"] if r["name"] != "fit"]
+    assert len(rows) == 6 and all(r["measured"] > GiB and abs(r["off"]) < .10 for r in rows), found

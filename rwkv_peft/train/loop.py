@@ -216,7 +216,7 @@ def peak_memory(device: torch.device) -> int | None:
 def memory_told(run: Run) -> dict:
     "Bytes of memory at most, as `planned` by the `start` event and as `measured`: on a GPU those of its tensors, on a CPU those of the process."
     plan = next((e["plan"].get("memory") for e in reversed(run.events) if e["event"] == "start"), None)
-    beside = 0 if run.device.type == "cuda" or plan is None else plan["outside"][1]
+    beside = 0 if run.device.type == "cuda" or plan is None else plan["outside"][0]
     return {"planned": None if plan is None else plan["peak"] + beside, "measured": peak_memory(run.device)}
 
 # %% ../../nbs/train/70_loop.ipynb #2a544990
