@@ -118,10 +118,10 @@ def test_seven_billion_in_much_less(seed):
 # ---------------------------------------------------------------- several devices, and what fits
 
 def test_strategies():
-    "ZeRO-1 on one device costs 20 bytes for each trained number and a bucket; over N ranks what is split adds up to the whole."
+    "ZeRO-1 on one device: fp32 weight, gradient, its flat copy, the master and two moments, and a bucket; over N ranks what is split adds up to the whole."
     P, frozen = 10**6, 10**9
     one = strategy_bytes("deepspeed_stage_1", P, 8 * P, frozen, 0)
-    assert one["weights"] - frozen + one["gradients"] + one["optimiser"] == 20 * P + 4 * P
+    assert one["weights"] - frozen + one["gradients"] + one["optimiser"] == (4 + 4 + 4 + 4 + 8) * P + 4 * P
     three = strategy_bytes("deepspeed_stage_3", P, 8 * P, frozen, 0, ranks=4, bucket=0)
     assert 4 * sum(three[k] for k in ("weights", "gradients", "optimiser")) == frozen + 20 * P
     off = strategy_bytes("deepspeed_stage_3_offload", P, 8 * P, frozen, 0, ranks=4)
@@ -137,7 +137,7 @@ def test_what_fits():
 
 def test_the_cheapest_change_is_the_first_that_fits():
     config, sizes = settings(peft="lora", r=32), small(layers=6, C=256)
-    peaks = {k: plan_step(config.changed(**k and {k: v}), sizes, 512)["peak"] for k, v in (("", None), ("optim", "adamw8bit"), ("quant", "int8"))}
+    peaks = {k: plan_step(config.changed(**({k: v} if k else {})), sizes, 512)["peak"] for k, v in (("", None), ("optim", "adamw8bit"), ("quant", "int8"))}
     beside = plan_step(config, sizes, 512)["outside"][1]
     assert peaks[""] > peaks["optim"] > peaks["quant"]
     near, far = ((peaks[k] + beside + 2**12) for k in ("optim", "quant"))
@@ -161,14 +161,14 @@ def test_a_run_says_its_memory_and_compares(tmp_path):
 
 
 def test_plan_without_weights():
-    nf4, dense = (plan_like("rwkv7-7.2b", {"peft": "lora", "quant": q}, there=16 * GiB) for q in ("nf4", "none"))
+    nf4, dense = (plan_like("rwkv7-7.2b", {"peft": "lora", "quant": q}, there=12 * GiB) for q in ("nf4", "none"))
     n = sum(p.numel() for p in blank(RWKVConfig.preset("RWKV7-7.2B")).parameters())
     assert dense["loading"] == 2 * n and dense["weights"] > 2 * n and dense["fits"] is False and nf4["peak"] < dense["peak"] / 2
     with pytest.raises(ValueError, match="no released size"): plan_like("rwkv9-1b", {})
     with pytest.raises(ConfigError, match="nope: there is no such setting"): plan_like("rwkv7-0.1b", {"nope": 1})
 
 
-@pytest.mark.parametrize("said", [{"peft": w} for w in ("olora", "milora", "eva", "loftq", "bone", "lisa")] + [{"peft": "none", "optim": "apollo"}, {"peft": "lora", "optim": "lorafa"}, {"peft": "lora", "dropout": .1}], ids=str)
+@pytest.mark.parametrize("said", [{"peft": w} for w in ("olora", "milora", "eva", "bone", "lisa")] + [{"peft": "loftq", "quant": "nf4"}, {"peft": "none", "optim": "apollo"}, {"peft": "lora", "optim": "lorafa"}, {"peft": "lora", "dropout": .1}], ids=str)
 def test_every_method_and_optimiser_can_be_planned(said): assert plan_step(settings(**said), small(), 48)["peak"] > 0
 
 
