@@ -147,7 +147,7 @@ def run_blocks(model: RWKV, x: Tensor, state: State | None, resets: Tensor | Non
         before = (blank, None, blank) if state is None else (state.att_shift[i], state.wkv[i], state.ffn_shift[i])
         args = (x, v_first, *before, resets, model.backend)
         x, v_first, *after = checkpoint(block, *args, use_reentrant=False) if remember else block(*args)
-        kept.append(after)
+        kept.append([part.clone() for part in after] if remember else after)      # a shift is a view, which would keep its whole sequence
     return model.ln_out(x), State(*(torch.stack(parts) for parts in zip(*kept)))
 
 # %% ../../nbs/model/50_rwkv.ipynb #d1b5f2a8

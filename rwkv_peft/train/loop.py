@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from types import SimpleNamespace
 import asyncio
 import json
@@ -43,15 +44,16 @@ from .folder import OwnRandomness, checkpoints, folder_of, holds_run, load_check
 from .infctx import infctx
 from .launch import RankError, environment, follow, in_file, is_launched, launcher, processes_of
 from .loss import LossScale, on_device, over_ranks, penalty_of, trained_tokens
+from .plan import plan_memory
 from .strategy import accelerator_on, add_up, clip_and_norm, copies, from_all, from_first, moments_of, ranks, set_moments, share, take_back, whole, zero_of
-from .optim import default_lr, lorafa_groups, lr_at, make_optimizer, methods_of, moment_bytes, optimizer_groups, set_lr, update_of
+from .optim import default_lr, lorafa_groups, lr_at, make_optimizer, methods_of, optimizer_groups, set_lr, update_of
 
 # %% auto #0
 __all__ = ['TrainingError', 'Feed', 'patient', 'read_rows_of', 'in_windows', 'load_base', 'settle', 'plain_words', 'gradient_of',
-           'take_step', 'turn', 'peak_memory', 'not_finite', 'examine', 'speak', 'keep', 'put_back', 'starts_of',
-           'go_on', 'release', 'finish', 'save_results', 'train', 'halt', 'prepare', 'left_by', 'take_off',
+           'take_step', 'turn', 'peak_memory', 'memory_told', 'not_finite', 'examine', 'speak', 'keep', 'put_back',
+           'starts_of', 'go_on', 'release', 'finish', 'save_results', 'train', 'halt', 'prepare', 'left_by', 'take_off',
            'check_same', 'make_trainable', 'look_at_rows', 'save_looked_at', 'begin', 'said_of_pages', 'find_rate',
-           'plan_of', 'report_of', 'Run', 'asked', 'events_of', 'last_words', 'finetune']
+           'memory_of', 'time_of', 'plan_of', 'report_of', 'Run', 'asked', 'events_of', 'last_words', 'finetune']
 
 # %% ../../nbs/train/70_loop.ipynb #d54764fe
 class TrainingError(RuntimeError):
@@ -204,6 +206,13 @@ def peak_memory(device: torch.device) -> int | None:
     except ImportError: return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
 
+# %% ../../nbs/train/70_loop.ipynb #4143174f
+def memory_told(run: Run) -> dict:
+    "Bytes of memory at most, as `planned` by the `start` event and as `measured`: on a GPU those of its tensors, on a CPU those of the process."
+    plan = next((e["plan"].get("memory") for e in reversed(run.events) if e["event"] == "start"), None)
+    beside = 0 if run.device.type == "cuda" or plan is None else plan["outside"][0]
+    return {"planned": None if plan is None else plan["peak"] + beside, "measured": peak_memory(run.device)}
+
 # %% ../../nbs/train/70_loop.ipynb #2a544990
 @torch.no_grad()
 def not_finite(run: Run, loss: float, norm: float) -> TrainingError:
@@ -315,7 +324,7 @@ def finish(run: Run) -> dict:
     first = next((e["loss"] for e in run.events if e["event"] == "eval"), None)
     best = "" if first is None else f"; the weights of step {run.best_step} are kept, held-out loss {first:.3f} -> {run.best_loss:.3f}"
     if run.best_step == 0: best += ", so training did not help"
-    return run.say("done", step=run.step, best_step=run.best_step, results=results, before=first, after=None if first is None else run.best_loss,
+    return run.say("done", step=run.step, best_step=run.best_step, results=results, before=first, after=None if first is None else run.best_loss, memory=memory_told(run),
                    message=f"ended at step {run.step} of {run.settled.steps}, {why}{best}")
 
 # %% ../../nbs/train/70_loop.ipynb #9c349aa7
@@ -568,18 +577,32 @@ def _hand_over(run: Run):
         run.model, run.trained, run.accelerator, run.prepared = None, None, None, False
     _write(run)
 
+# %% ../../nbs/train/70_loop.ipynb #94d20b39
+def memory_of(run: Run) -> dict:
+    "`plan_memory` for a prepared run: its longest row, its methods, its base as it is held."
+    config, model, s = run.config, run.model, run.settled
+    packed = getattr(model, "quant", "none")
+    if config.quant == "none" and packed != "none": config = config.changed(quant=packed)
+    longest = min(run.loader.ctx_len, int(run.loader.lengths.max())) if config.dataload in ("bucket", "only") else run.loader.ctx_len
+    return plan_memory(config, model.config, longest, str(run.device), dtype=model.emb.weight.dtype, methods=run.methods, micro_bsz=s.micro_bsz, accumulated=s.accumulate)
+
+# %% ../../nbs/train/70_loop.ipynb #6dfd916e
+def time_of(run: Run) -> str:
+    "The time that the steps left will take, by the median of those measured; unknown before ten were."
+    seconds = [e["seconds"] for e in run.events if e["event"] == "step"]
+    return f"{median(seconds) * (run.settled.steps - len(seconds)) / 60:.0f} minutes for the steps left" if len(seconds) >= 10 else "unknown until ten steps are measured"
+
 # %% ../../nbs/train/70_loop.ipynb #01c6f5e3
 def plan_of(run: Run) -> dict:
-    "What a run will do, before it does it: sizes, rows, steps, and memory by formula (weights, gradients and optimiser; activations are not in it)."
+    "What a run will do, before it does it: sizes, rows, steps, the memory of its largest step by replay (see `plan_memory`), and the time that is left, once ten steps were measured."
     prepare(run)
     s, model, trained = run.settled, run.model, sum(p.numel() for p in run.trained.values() if p.requires_grad)
-    held = {id(p): p for p in model.parameters()}.values()
     per_step = min(run.loader.count, s.micro_bsz * s.accumulate)
-    return {"model": str(recorded(run.config.model)), "methods": [type(m).__name__ for m in run.methods] or ["full"], "parameters": sum(p.numel() for p in held), "trained": trained,
+    return {"model": str(recorded(run.config.model)), "methods": [type(m).__name__ for m in run.methods] or ["full"], "parameters": sum(p.numel() for p in model.parameters()), "trained": trained,
             "rows": len(run.data), "held_out_rows": len(run.held_out or ()), "tokens_per_epoch": run.loader.tokens, "trained_tokens_per_epoch": run.data.trained,
             "micro_bsz": s.micro_bsz, "accumulate": s.accumulate, "rows_per_step": per_step, "steps": s.steps, "epochs": round(s.steps * s.accumulate * s.micro_bsz / run.loader.count, 3) if s.batches is None else run.config.epochs or 1,
             "lr_init": s.lr_init, "lr_final": s.lr_final, "warmup_steps": s.warmup_steps, "eval_steps": s.eval_steps, "save_steps": s.save_steps,
-            "estimate": {"weights_bytes": sum(p.numel() * p.element_size() for p in held), "gradient_bytes": 4 * trained, "optimiser_bytes": moment_bytes(run.trained.items(), run.config.optim), "how": "by formula; activations come on top"},
+            "memory": memory_of(run), "time": time_of(run),
             "device": str(run.device), "precision": str(next(model.parameters()).dtype).removeprefix("torch."), "folder": str(run.folder)}
 
 # %% ../../nbs/train/70_loop.ipynb #0898ab81
