@@ -64,7 +64,8 @@ def test_bars_are_those_agreed():
         "step_over_roofline": (1.25, True, 1.1), "step_over_rwkvtune": (12, False, 20), "step_over_rwkv7_hf": (12, False, 20),
         "int8_fast_over_roofline": (.8, True, .5), "int8_fast_cosine": (.995, False, None), "peak_mib": (900, True, 450), "peak_checkpointed_mib": (560, True, 250),
         "decode_over_package": (1, False, None), "decode_bandwidth": (.85, False, None), "int8_over_package": (2.5, False, None),
-        "batch8_over_one": (4, False, None), "prefill_over_package": (1.5, False, None)}
+        "batch8_over_one": (4, False, None), "prefill_over_package": (1.5, False, None),
+        "data_mb_per_second": (20, False, None), "data_memory_growth": (1.25, True, None)}
 
 
 @pytest.mark.parametrize("bar", BARS, ids=lambda b: b.name)

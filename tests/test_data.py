@@ -11,8 +11,9 @@ from hypothesis import given, settings, strategies as st
 from rwkv_peft.data.batches import Loader, batches, collate, epoch_order
 from rwkv_peft.data.chat import raw, rwkv
 from rwkv_peft.data.masks import Example
-from rwkv_peft.data.records import Dataset, load_encoded, padding_efficiency, read_data, save_encoded, split_rows, suggest_ctx_len
+from rwkv_peft.data.records import Dataset, load_encoded, read_data, save_encoded, suggest_ctx_len
 from rwkv_peft.data.rows import DataError
+from rwkv_peft.data.views import padding_efficiency, split_rows
 from rwkv_peft.data.sources import read_rows
 from rwkv_peft.model.tokenizer import Bytes, World
 
@@ -299,7 +300,7 @@ def test_check_names_what_looks_odd():
     rows = [{"prompt": "What is LoRA?", "completion": "A thin one"}, {"prompt": "a", "completion": " b\n\nUser: c"}, {"prompt": "a", "completion": " \ufffd"}, {"prompt": "a ", "completion": "b"}, {"prompt": "a ", "completion": "b"}]
     said = [(p["row"], p["problem"]) for p in read_data(rows, Bytes()).check()]
     assert [row for row, _ in said] == ["row 1", "row 2", "row 3", "row 5"]
-    assert all(word in problem for word, (_, problem) in zip(["runs into", "'User:'", "\ufffd", "the same as row 4"], said))
+    assert all(word in problem for word, (_, problem) in zip(["runs into", "User:", "\ufffd", "the same as row 4"], said))
     assert repr(read_data(["fine"], Bytes()).check()) == "no problems found"
 
 
@@ -329,7 +330,7 @@ def test_split_share_and_seed():
 
 
 def test_split_is_the_same_in_another_process():
-    code = "from rwkv_peft.data.records import split_rows; print(split_rows([bytes([i]) for i in range(50)], .2)[1])"
+    code = "from rwkv_peft.data.views import split_rows; print(split_rows([bytes([i]) for i in range(50)], .2)[1])"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": "7", "PATH": ""}).stdout
     assert other.strip() == str(split_rows([bytes([i]) for i in range(50)], .2)[1])
 
@@ -350,7 +351,7 @@ def test_saved_and_loaded(tmp_path, tokenizer):
     assert len(back) == len(data) and back.facts == data.facts and back.tokenizer.name == tokenizer.name and back.fingerprint() == data.fingerprint()
     for a, b in zip(data, back):
         assert torch.equal(a.tokens, b.tokens) and torch.equal(a.weights, b.weights) and (a.row, a.segments) == (b.row, b.segments)
-    assert sorted(p.name for p in (tmp_path / "data").iterdir()) == ["dataset.json", "examples.safetensors", "rendered.jsonl"]
+    assert sorted(p.name for p in (tmp_path / "data").iterdir()) == ["dataset.json", "rendered.jsonl", "rows.bin", "spans.bin", "tokens.bin", "tokens.idx"]
     assert back.show(3) == data.show(3)
 
 
@@ -360,10 +361,15 @@ def test_damaged_folders_are_refused(tmp_path):
     with refused("tokenizer 'bytes'", "'world'"): load_encoded(tmp_path, World())
     other = read_data([chat(("user", "hi"), ("assistant", "hullo"))], Bytes())
     save_encoded(other, tmp_path / "other")
-    (tmp_path / "other/examples.safetensors").replace(tmp_path / "examples.safetensors")
+    (tmp_path / "other/tokens.bin").replace(tmp_path / "tokens.bin")
     with refused("isn't what was saved"): load_encoded(tmp_path)
-    (tmp_path / "rendered.jsonl").unlink()
-    with refused("has no rendered.jsonl"): load_encoded(tmp_path)
+    for name, said in (("spans.bin", "cut short"), ("rows.bin", "cut short"), ("tokens.bin", "truncated")):
+        folder = tmp_path / f"damaged {name}"
+        save_encoded(data, folder)
+        (folder / name).write_bytes((folder / name).read_bytes()[:-3])
+        with refused(said): load_encoded(folder)
+        (folder / name).unlink()
+        with refused(f"has no {name}"): load_encoded(folder)
 
 
 def test_an_empty_part_can_be_kept(tmp_path):

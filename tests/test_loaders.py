@@ -8,9 +8,12 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from rwkv_peft.data.batches import LOADERS, Loader, batches, collate, first_fit, idle
-from rwkv_peft.data.masks import LOSS_MASKS, Example
+from rwkv_peft.data.binidx import Binidx
+from rwkv_peft.data.chat import raw
+from rwkv_peft.data.masks import LOSS_MASKS, Example, encode_row
 from rwkv_peft.data.records import Dataset, read_data
 from rwkv_peft.data.rows import DataError
+from rwkv_peft.data.sources import read_rows
 from rwkv_peft.model.rwkv import RWKV
 from rwkv_peft.model.tokenizer import Bytes
 from rwkv_peft.peft.adapters import attach
@@ -59,8 +62,9 @@ class SlowPair:
 
 def corpus(mask, bos):
     if mask in ("assistant", "last"): return read_data(conversations(), Bytes(), loss_mask=mask, bos=bos)
-    marks = {"mask_id": {"mask0": "User:", "mask1": "Assistant:"}} if mask == "se" else {}
-    return read_data([text_of(t) for t in TURNS], Bytes(), loss_mask=mask, bos=bos, **marks)
+    texts, marks = [text_of(t) for t in TURNS], {"mask0": "User:", "mask1": "Assistant:"}
+    if mask == "se": return Dataset([encode_row(row, raw, mask, Bytes(), mask_id=marks, bos=bos) for row in read_rows(texts)], Bytes(), {"loss_mask": mask})
+    return read_data(texts, Bytes(), loss_mask=mask, bos=bos)
 
 
 def trained(window, weights): return [(tuple(window[:t]), window[t], weights[t]) for t in range(1, len(window)) if weights[t]]
@@ -119,6 +123,30 @@ def test_the_masks_of_that_corpus_are_what_is_written_here(mask):
         tokens, on = [0], [False]
         for text, trains in pieces: tokens, on = tokens + [b + 1 for b in text.encode()], on + [trains] * len(text.encode())
         assert e.tokens.tolist() == tokens + [0] and (e.weights > 0).tolist() == on + [pieces[-1][1]]
+
+
+class Mapped:
+    "Documents in a pair of files, all of them trained; nothing is in memory."
+    facts = {"loss_mask": "none"}
+
+    def __init__(self, prefix):
+        self.ids = Binidx(prefix)
+        self.lengths = self.ids.sizes - 1
+
+    def __len__(self): return len(self.ids)
+    def __iter__(self): return map(self.__getitem__, range(len(self)))
+    def __getitem__(self, i): return Example(torch.from_numpy(self.ids[i].astype(np.int64)), torch.tensor([0.] + [1.] * int(self.lengths[i])), i)
+
+
+@pytest.mark.parametrize("dataload", LOADERS)
+def test_a_pair_of_files_gives_the_batches_of_a_list(tmp_path, dataload):
+    data = corpus("none", False)
+    write_pair(tmp_path / "pair", [e.tokens.tolist() for e in data])
+    mapped, told = Mapped(tmp_path / "pair"), (2, dataload, 1, 2)
+    ctx = max(data.lengths) if dataload in ("bucket", "pack") else 24
+    for a, b in zip(batches(mapped, *told, ctx_len=ctx), batches(data, *told, ctx_len=ctx)):
+        assert a.rows == b.rows and a.read == b.read and all(torch.equal(getattr(a, n), getattr(b, n)) for n in ("tokens", "targets", "weights", "resets"))
+    mapped.ids.close()
 
 
 def test_a_corpus_smaller_than_a_window_goes_round_and_round():

@@ -106,14 +106,20 @@ def test_conversations(mask, tokenizer):
 @pytest.mark.parametrize("mask", ["none", "pad", "all", "qa", "se"])
 def test_texts(mask, tokenizer):
     for i, talk in enumerate(talks):
-        text = ("  " * (i % 2) + transcript(talk)[0]).replace("\n\nAss", "\n " * (i % 3) + "\nAss")
-        if mask == "se": text = text.replace("User:", SE["mask0"]).replace("Assistant:", SE["mask1"])
+        text = ("  " * (i % 2) + transcript(talk)[0]).replace("\n\nAss", "\n\n" + " \u3000" * (i % 3) + "Ass") + " So says User: and Assistant: too, User: does."
+        if mask == "se": text = text.replace("User:", SE["mask0"] + " ").replace("Assistant:", SE["mask1"] + " ")
         trained = slow_marks(text, "User:", "Assistant:", True) if mask == "qa" else slow_marks(text, *SE.values(), False) if mask == "se" else [True] * len(text)
         ids = tokenizer.encode(text)
         e = encode_row(Row(1, "text", text), raw, mask, tokenizer, mask_id=SE if mask == "se" else None)
         same(e, ([0, *ids, 0], [0.0, *by_first_byte(ids, trained, text, tokenizer), float(trained[-1])]))
         assert any(trained) and "".join(t for t, _ in e.segments) == text
         if mask in ("qa", "se"): assert not all(trained)
+
+
+def test_a_marker_may_begin_with_the_other():
+    for names, trained in (({"mask0": "<b", "mask1": "<b>"}, "<b>c"), ({"mask0": "<b>", "mask1": "<b"}, "<be")):
+        e = encode_row(Row(1, "text", "a<b>c<be"), raw, "se", Bytes(), mask_id=names)
+        assert Bytes().decode(e.tokens[e.weights > 0].tolist()) == trained
 
 
 # ---- ids, against the seed's scan
@@ -219,6 +225,7 @@ def test_own_weights_with_a_template_of_ones_own():
     assert kept([0, 1], lambda ms: [(ms[-1]["content"], True)]) == "say"                      # what isn't shown needs no mask
     twice = lambda ms: [(f"{ms[0]['content']} {ms[0]['content']}: ", False), (ms[1]["content"], True)]
     assert kept([0, 1], twice) == ": say"
+    assert weighed(talk, [0, 1], "all", raw).segments == (("ask", 0.0), ("say", 1.0))
     longer = lambda ms: [(f"{len(ms[0]['content'])} letters: {ms[0]['content']}", False), (ms[1]["content"], True)]
     with refused("row message 1", "can't be placed", "'assistant'"): weighed(talk, [0, 1], "all", longer)
     moody = lambda ms: [("a" if ms[1]["weight"] else "b", 1)]

@@ -222,6 +222,6 @@ def test_a_damaged_folder_is_named(place, tmp_path):
     import shutil
     whole(place, "lora")
     shutil.copytree(place / "whole-lora", tmp_path / "copy")
-    data = tmp_path / "copy" / "data" / "train" / "examples.safetensors"
+    data = tmp_path / "copy" / "data" / "train" / "tokens.bin"
     data.write_bytes(data.read_bytes()[:-40] + b"\1" * 40)
     with pytest.raises(ValueError, match="fingerprint"): Run.resume(tmp_path / "copy").plan()

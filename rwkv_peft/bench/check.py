@@ -45,6 +45,8 @@ BARS = (
     Bar("int8_over_package", "generate", "int8 decoding over the rwkv package", 2.5, False),
     Bar("batch8_over_one", "generate", "8 prompts together over one", 4, False),
     Bar("prefill_over_package", "generate", "prefill over the rwkv package", 1.5, False),
+    Bar("data_mb_per_second", "data", "megabytes of jsonl encoded and stored a second", 20, False),
+    Bar("data_memory_growth", "data", "peak memory, ten times the file over one", 1.25, True),
 )
 
 # %% ../../nbs/bench/70_check.ipynb #16c2fdb1

@@ -23,6 +23,7 @@ from ..kernels.product import times, times_back
 from ..kernels.wkv import backends
 from ..peft.adapters import attach
 from ..peft.lora import LoRA
+from ..train.infctx import infctx
 from .timing import Load, interleaved, lower_mark, resident
 from .wkv import products
 
@@ -67,23 +68,26 @@ def _as_made(model, T):
     return run
 
 # %% ../../nbs/bench/30_step.ipynb #02d5babc
-def peak_memory(backend: str, T: int, small: bool = False, grad_cp: bool = False) -> dict:
-    "Bytes that a step, checkpointed or not, needs above a loaded and once-run model, and that model's own; measured in a fresh process (Linux)."
-    code = f"from rwkv_peft.bench.step import _peak; _peak({backend!r}, {T}, {small}, {grad_cp}, {torch.get_num_threads()})"
+def peak_memory(backend: str, T: int, small: bool = False, grad_cp: bool = False, chunk_ctx: int | None = None) -> dict:
+    "Bytes that a step, plain, checkpointed or in pieces of `chunk_ctx`, needs above a loaded and once-run model, and that model's own; measured in a fresh process (Linux)."
+    code = f"from rwkv_peft.bench.step import _peak; _peak({backend!r}, {T}, {small}, {grad_cp}, {torch.get_num_threads()}, {chunk_ctx})"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     if ran.returncode: raise RuntimeError(f"the process that measures the memory of backend {backend!r} failed: {ran.stderr.strip().splitlines()[-1]}")
     return json.loads(ran.stdout)
 
-def _peak(backend, T, small, grad_cp, threads):
+def _peak(backend, T, small, grad_cp, threads, chunk_ctx):
     torch.set_num_threads(threads)
-    work = LoRAStep(step_config(small), T)
+    warm = min(T, 2 * chunk_ctx) if chunk_ctx else T
+    work = LoRAStep(step_config(small), warm)
     work.model.grad_cp = grad_cp
+    infctx(work.model, chunk_ctx)
     work.step(backend)
+    work.tokens, work.targets, work.weights = (x.repeat(1, -(-T // warm))[:, :T] for x in (work.tokens, work.targets, work.weights))
     gc.collect()
     if sys.platform == "linux": ctypes.CDLL(None).malloc_trim(0)
     lower_mark()
     base, _ = resident()
-    for _ in range(2): work.step(backend)
+    for _ in range(1 if chunk_ctx else 2): work.step(backend)
     print(json.dumps({"base": base, "peak": resident()[1] - base}))
 
 # %% ../../nbs/bench/30_step.ipynb #4d3e7c11

@@ -55,6 +55,8 @@ def _nearest(row: Mapping, known: Mapping[str, list], fields: Mapping[str, str])
 # %% ../../nbs/data/10_rows.ipynb #9b37d271
 def shape_of(row: Mapping, fields: Mapping[str, str], where: str) -> str:
     "The shape whose keys `row` has, one of `KEYS`. `fields` renames keys; `where` names the place in a DataError."
+    plain = [name for name, keys in KEYS.items() if all(k in row for k in keys)] if not fields and not any(k in row for k in ALIASES.values()) else ()
+    if len(plain) == 1 and all(row[k] is not None for k in KEYS[plain[0]]): return plain[0]      # nearly every row
     known = {name: [_key(row, k, fields) for k in keys] for name, keys in KEYS.items() if not fields or set(fields) & {*keys, *OPTIONAL.get(name, ())}}
     found = [name for name, keys in known.items() if all(row.get(k) is not None for k in keys)]
     twice = [(k, other) for k, other in ALIASES.items() if not fields and row.get(k) is not None and isinstance(_listed(row.get(other)), (list, tuple))]
@@ -140,6 +142,22 @@ def _messages(value: Any, where: str) -> list[dict]:
     if not value: raise DataError(f"{where} is an empty list; remove the row or fill it in")
     return [_message(m, f"{where} message {i}") for i, m in enumerate(value, 1)]
 
+# %% ../../nbs/data/10_rows.ipynb #89a4cfa9
+def _filled(value: Any) -> Any:
+    "`value` without the null entries that columnar files put where other rows have a key."
+    if isinstance(value, Mapping): return {k: _filled(v) for k, v in value.items() if v is not None}
+    return [_filled(v) for v in _listed(value)] if isinstance(_listed(value), (list, tuple)) else value
+
+def _with_tools(messages: list[dict], tools: Any, what: str) -> list[dict]:
+    "`messages` with a row's `tools` (a list, or JSON text of one) on the system message at the start, which is added where there is none."
+    try: tools = _filled(json.loads(tools) if isinstance(tools, str) else tools) or []
+    except ValueError: raise DataError(f"{what} isn't JSON ({tools[:40]!r}); write a list of tools") from None
+    named = lambda t: isinstance(t, Mapping) and isinstance((t["function"] if isinstance(t.get("function"), Mapping) else t).get("name"), str)
+    if not isinstance(tools, list) or not all(map(named, tools)): raise DataError(f"{what} is {repr(tools)[:40]}, but a list of tools is needed, each {{\"function\": {{\"name\", \"parameters\"}}}}")
+    if not tools: return messages
+    if messages[0]["role"] != "system": messages = [{"role": "system", "content": "", "weight": 1.0}, *messages]
+    return [{**messages[0], "tools": tools}, *messages[1:]]
+
 # %% ../../nbs/data/10_rows.ipynb #e23d23f8
 def _segment(s: Any, what: str) -> tuple[str, float]:
     s = _listed(s)
@@ -192,9 +210,9 @@ def check_row(value: Any, number: int, where: str, fields: Mapping[str, str] | N
     if shape == "text": content = words(keys[0])
     elif shape == "pair": content = words(keys[0], empty=True), words(keys[1])
     elif shape == "instruct": content = words(keys[0]), "" if value.get(keys[2]) is None else words(keys[2], empty=True), words(keys[1])
-    elif shape == "messages": content = _messages(value[keys[0]], at(keys[0])[:-1])
+    elif shape == "messages": content = _with_tools(_messages(value[keys[0]], at(keys[0])[:-1]), value.get("tools"), at("tools"))
     elif shape == "segments": content = _segments(value[keys[0]], at(keys[0])[:-1])
     else: content = _ids(value, keys, where)
-    ignored = [k for k in value if k not in (*keys, "weight", "train")]
+    ignored = [k for k in value if k not in (*keys, "weight", "train") and not (k == "tools" and shape == "messages")]
     if shape == "messages": ignored += sorted({f"{keys[0]}.{k}" for m in _listed(value[keys[0]]) for k in m if k not in _READ and m[k] is not None})
     return Row(number, shape, content, _weight({k: value.get(k) for k in ("weight", "train")}, where), tuple(ignored))

@@ -23,7 +23,7 @@ def parse_split(split: str | None) -> tuple[str | None, str | None, str | None]:
     "(name, start, stop) of `train[10%:20%]`, each None where it isn't said."
     found = _SPLIT.fullmatch(split or "") if isinstance(split, (str, type(None))) else None
     bounds = [int(b[:-1]) for b in found.groups()[1:] if b and b.endswith("%")] if found else [101]
-    if any(abs(b) > 100 for b in bounds): raise DataError(f"split={split!r} can't be read; write a name, a slice of rows or both, as in 'train', 'train[:1000]' or 'train[10%:20%]'")
+    if any(abs(b) > 100 for b in bounds) or len(bounds) == 1 and all(found.groups()[1:]): raise DataError(f"split={split!r} can't be read; write a name, a slice of rows or both, as in 'train', 'train[:1000]' or 'train[10%:20%]' (both bounds in rows, or both in per cent)")
     return found.groups()
 
 # %% ../../nbs/data/15_sources.ipynb #240a1aac
@@ -32,7 +32,7 @@ def bounds_of(start: str | None, stop: str | None, count: int | None = None) -> 
     def at(bound):
         if not bound: return None
         rows = int(round(int(bound[:-1]) * count / 100)) if bound.endswith("%") else int(bound)
-        return max(0, count + rows) if rows < 0 else rows
+        return max(0, count + rows) if int(bound.rstrip("%")) < 0 else rows
     return at(start) or 0, at(stop)
 
 # %% ../../nbs/data/15_sources.ipynb #b326b0e3
@@ -82,7 +82,9 @@ def _blocks(path: Path, size: int, format: str) -> Iterator[tuple[int, bytes]]:
     with _reading(path) as file:
         while piece := file.read(-1 if format == "txt" else size):
             parts = [piece, file.readline()]
-            while format == "paragraphs" and parts[-1].strip(): parts.append(file.readline())
+            while format == "paragraphs" and (line := file.readline()):
+                parts.append(line)
+                if not line.strip(): break
             blob = b"".join(parts)
             lines = blob.count(b"\n")
             yield number, blob.removeprefix(_BOM) if number == 1 else blob
@@ -170,7 +172,7 @@ def _parquet(path: Path) -> Any:
     try: import pyarrow.parquet as parquet
     except ImportError: raise DataError(f"{path}: parquet files are read through pyarrow, which isn't installed; pip install pyarrow") from None
     try: return parquet.ParquetFile(path)
-    except (OSError, ValueError) as e: raise DataError(f"{path} can't be read as parquet ({str(e).splitlines()[0][:80]}); is the file whole?") from None
+    except (OSError, ValueError, RuntimeError, LookupError, TypeError) as e: raise DataError(f"{path} can't be read as parquet ({' '.join(str(e).split())[:80]}); is the file whole?") from None
 
 def _parquet_pairs(path: Path, place: str) -> Iterator[tuple[int, dict]]:
     number = 0
@@ -178,7 +180,7 @@ def _parquet_pairs(path: Path, place: str) -> Iterator[tuple[int, dict]]:
         try:
             for batch in file.iter_batches(batch_size=1000):
                 for value in batch.to_pylist(): yield (number := number + 1), value
-        except (OSError, ValueError) as e: raise DataError(f"{path} can't be read after row {number:,} ({str(e).splitlines()[0][:80]}); is the file whole?") from None
+        except (OSError, ValueError, RuntimeError, LookupError, TypeError) as e: raise DataError(f"{path} can't be read after row {number:,} ({' '.join(str(e).split())[:80]}); is the file whole?") from None
 
 # %% ../../nbs/data/15_sources.ipynb #7af8cd12
 FORMATS = ("jsonl", "json", "csv", "tsv", "parquet", "txt", "lines", "paragraphs", "binidx")
@@ -229,7 +231,7 @@ class Source:
         start, stop = self.bounds()
         if self.format == "datasets" and hasattr(self.data, "select"):
             kept = range(*slice(start, stop).indices(len(self.data)))
-            return zip(range(start + 1, start + 1 + len(kept)), self.data.select(kept))
+            return zip(range(start + 1, start + 1 + len(kept)), self.data.select(kept) if kept else ())
         if self.format == "iterator" and self.spent: raise DataError(f"{self.name} was read before and is at its end; make a list of it, list(...), to read it more than once")
         self.spent = True
         return islice(_pairs(self), start, stop)
@@ -312,11 +314,11 @@ def _open_hub(name: str, options: dict) -> Source:
     except ImportError: raise DataError(f"{name}: data sets of the hub are read through datasets, which isn't installed; pip install datasets") from None
     try: data = load_dataset("/".join(parts[:2]), *parts[2:], split=parse_split(options["split"])[0] or "train")
     except Exception as e: raise DataError(f"{name} can't be loaded ({type(e).__name__}: {(str(e).splitlines() or [''])[0][:160]}); check the address, the split and the network") from e
-    return _open_datasets(data, name, options)
+    return Source(name, "row", None, "datasets", data, **options)
 
 # %% ../../nbs/data/15_sources.ipynb #979aace1
 def _open_object(data: Any, options: dict) -> Source:
-    kind, count = type(data).__name__, f" of {len(data):,} rows" if hasattr(data, "__len__") else ""
+    kind, count = type(data).__name__, f" of {len(data):,} rows" if hasattr(data, "__len__") and not isinstance(data, type) else ""
     if type(data).__module__.split(".")[0] == "datasets" and hasattr(data, "with_format"): return _open_datasets(data, f"a Hugging Face data set{count if not isinstance(data, Mapping) else ''}", options)
     if isinstance(data, Mapping): raise DataError("the data is one dict; put it in a list: [row]")
     if hasattr(data, "itertuples") and hasattr(data, "columns"):
@@ -373,7 +375,7 @@ def iter_rows(source: Any, fields: Mapping[str, str] | None = None, *, format: s
         row = check_row(value, number, f"{source.place} {number}", source.fields)
         first = first or row
         yield same_shape(row, first, source.place)
-    if first is None: raise DataError(f"{source.name if source.path else 'the list' if source.format == 'list' else source.name} has no rows" + (f" in split={source.split!r}" if source.split else ""))
+    if first is None: raise DataError(f"{source.name if source.path else 'the list' if source.format == 'list' else source.name} has no rows" + (f" in split={source.split!r}" if source.split else "") + ("; it can be read once only, was it read before?" if source.format == "iterator" else ""))
 
 # %% ../../nbs/data/15_sources.ipynb #8cff43f1
 def read_rows(source: Any, fields: Mapping[str, str] | None = None, *, format: str | None = None, split: str | None = None) -> list[Row]:

@@ -20,8 +20,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 __all__ = ['METHODS', 'METHOD_WORDS', 'SHORTHAND', 'TAKES', 'PAIRED', 'ConfigError', 'setting', 'Sources', 'Rows', 'Method',
            'Schedule', 'Optimiser', 'Hardware', 'Keeping', 'words', 'expected', 'nearest', 'sentences', 'is_foreign',
            'foreign_table', 'recorded', 'is_text_or_method', 'check_method', 'Config', 'check_later', 'check_sources',
-           'check_places', 'spoken', 'check_beside', 'check_storage', 'check_optimiser', 'check_tracker',
-           'check_combinations', 'check_rows', 'state_only', 'to_toml', 'read_toml', 'from_toml', 'settings_table']
+           'check_places', 'spoken', 'check_beside', 'check_storage', 'check_optimiser', 'check_pieces',
+           'check_tracker', 'check_combinations', 'check_rows', 'state_only', 'to_toml', 'read_toml', 'from_toml',
+           'settings_table']
 
 # %% ../../nbs/train/10_config.ipynb #9a6e94cd
 class ConfigError(ValueError):
@@ -58,7 +59,7 @@ class Rows(BaseModel):
     ctx_len: int | None = setting(None, "longest row in tokens; unset: as long as the rows are", gt=1)
     long: Literal["refuse", "cut", "drop"] = setting("refuse", "what happens to rows longer than ctx_len; only, pad and get cut them anyway")
     untrained: Literal["refuse", "drop"] = setting("refuse", "what happens to rows in which no token is learnt")
-    chunk_ctx: int | None = setting(None, "tokens of a row in memory at a time (infctx)", later=("any value",), gt=0)
+    chunk_ctx: int | None = setting(None, "tokens of a row in memory at a time (infctx); unset: whole rows", gt=0)
 
 # %% ../../nbs/train/10_config.ipynb #93c3abf0
 class Method(BaseModel):
@@ -71,8 +72,8 @@ class Method(BaseModel):
     ranks: dict | None = setting(None, "ranks of single matrices, such as {\"ffn\": 8}, for LoRA and its other starts; unset: r everywhere")
     targets: list[str] | None = setting(None, "matrices that get an adapter; unset: the method's own choice")
     train_parts: list[str] = setting([], "parts of the base that are trained as well, such as \"ln\"")
-    train_type: Literal["normal", "infctx", "state"] = setting("normal", "state adds state tuning (alone, when peft is not set)", later=("infctx",))
-    bptt: Literal["exact", "truncated"] = setting("exact", "gradient through the chunks of a row", later=("truncated",))
+    train_type: Literal["normal", "infctx", "state"] = setting("normal", "state adds state tuning (alone, when peft is not set); infctx asks for chunk_ctx, which is enough by itself")
+    bptt: Literal["exact", "truncated"] = setting("exact", "gradient of a row in chunks: of the whole row, or cut at the borders")
     quant: Literal["none", "int8", "nf4", "fp4", "4bit"] = setting("none", "storage of the frozen matrices; 4bit is nf4 here, and was fp4 in RWKV-PEFT")
     int8_matmul: Literal["dequant", "exact", "fast"] = setting("dequant", "product of int8 matrices: made into floats, or by integers")
 
@@ -371,6 +372,12 @@ def check_optimiser(config: Config):
         raise ValueError(f"optim: {config.optim!r} saves moments of the model's own matrices, and {' and '.join(repr(w) for w in words)} trains none of them; use 'adamw', or peft = 'none'")
     if not set(words) & set(PAIRED): raise ValueError(f"optim: {config.optim!r} is for the pair A, B of LoRA and its kin, and {' and '.join(repr(w) for w in words)} has none; use 'adamw', or peft = 'lora'")
 
+# %% ../../nbs/train/10_config.ipynb #85c96e18
+def check_pieces(config: Config):
+    "`infctx` needs to know how long a piece is, and `bptt` is about pieces."
+    if config.train_type == "infctx" and config.chunk_ctx is None: raise ValueError("chunk_ctx: train_type = 'infctx' reads rows in pieces; say how many tokens a piece has, as in chunk_ctx = 512")
+    if config.bptt == "truncated" and config.chunk_ctx is None: raise ValueError("bptt = 'truncated' cuts the gradient between the pieces of a row; say chunk_ctx as well, or leave it out")
+
 # %% ../../nbs/train/10_config.ipynb #d073e85f
 def check_tracker(config: Config):
     "The tracker is installed."
@@ -387,6 +394,7 @@ def check_combinations(config: Config):
     check_beside(peft)
     check_storage(config)
     check_optimiser(config)
+    check_pieces(config)
     check_tracker(config)
     if config.int8_matmul != "dequant" and config.quant != "int8": raise ValueError(f"int8_matmul = {config.int8_matmul!r} is the product of int8 matrices; say quant = 'int8' as well")
     if config.epochs is not None and config.max_steps is not None: raise ValueError("epochs and max_steps both say how long the run is; give one of them")

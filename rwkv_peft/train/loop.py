@@ -38,9 +38,10 @@ from .config import Config, ConfigError, recorded
 from .evaluate import change_of, document_losses, evaluate, keep_losses, mean_loss, read_general, save_general, trained_bytes
 from .events import EventLog, event, read_events, timeline
 from .folder import OwnRandomness, checkpoints, folder_of, holds_run, load_checkpoint, load_config, load_rows, prune, save_changes, save_checkpoint, save_config, save_rows
+from .infctx import infctx
 from .loss import LossScale, accumulate, on_device, over_ranks, penalty_of, trained_tokens
-from .trackers import tracked
 from .optim import default_lr, lorafa_groups, lr_at, make_optimizer, methods_of, moment_bytes, optimizer_groups, set_lr, update_of
+from .trackers import tracked
 
 # %% auto #0
 __all__ = ['TrainingError', 'Feed', 'patient', 'accelerator_on', 'read_rows_of', 'in_windows', 'load_base', 'settle',
@@ -192,7 +193,7 @@ def take_step(run: Run) -> dict:
     run.optimizer.zero_grad(set_to_none=True)
     run.step += 1
     turn(run)
-    return {"step": run.step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": sum(b.read for b in taken),
+    return {"step": run.step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": int(over_ranks(run.accelerator, sum(b.read for b in taken))),
             "seconds": time.perf_counter() - began, "memory": peak_memory(run.device), "rows": run.feed.rows}
 
 # %% ../../nbs/train/70_loop.ipynb #57a347c4
@@ -393,6 +394,7 @@ def prepare(run: Run):
     if config.adapter: run.methods = [*model.attached.methods]
     model.grad_cp = run.device.type == "cuda" if config.grad_cp == "auto" else config.grad_cp
     if config.backend != "auto": model.backend = config.backend
+    infctx(model, config.chunk_ctx, config.bptt)
     run.held_out_bytes = [trained_bytes([e], tokenizer) for e in run.held_out or ()]
     run.model, run.scale = model.train(), LossScale(next(model.parameters()).dtype)
     run.settled = settle(config, len(run.loader), default_lr(run.methods))
