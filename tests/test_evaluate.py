@@ -60,7 +60,7 @@ def test_losses_are_pytorchs_and_in_order(micro_bsz):
 def test_processes_share_the_work():
     "Three ranks and four batches, one after the other: each sees a part, together all; those with nothing left read an idle batch, so that all read equally often."
     class Rank:
-        num_processes = 3
+        num_processes, device = 3, "cpu"
         def __init__(self, rank): self.process_index = rank
         def reduce(self, nats, how): assert how == "sum"; return nats
     model, data, calls = tiny(), read_data(ROWS[:7], Bytes()), []

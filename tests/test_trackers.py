@@ -3,6 +3,7 @@ import json
 import socket
 import sqlite3
 import sys
+import threading
 import pytest
 import torch
 from test_evaluate import GENERAL, ROWS, make, of, tiny
@@ -71,7 +72,8 @@ def records(data):
         if kind in (1, 4): held = b""
 
 
-def test_wandb_writes_into_the_folder_and_sends_nothing(tmp_path, alone, capfd):
+def test_wandb_writes_into_the_folder_and_sends_nothing(tmp_path, alone, capfd, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
     run = make(tmp_path, log_with="wandb", max_steps=2).fit()
     from wandb.proto import wandb_internal_pb2
     file, = run.folder.glob("wandb/offline-run-*/*.wandb")
@@ -83,6 +85,7 @@ def test_wandb_writes_into_the_folder_and_sends_nothing(tmp_path, alone, capfd):
         for update in (*record.run.config.update, *record.config.update): config[update.key or update.nested_key[0]] = json.loads(update.value_json)
     assert [r["train/loss"] for r in rows if "train/loss" in r] == pytest.approx([e["loss"] for e in of(run.events, "step")], rel=1e-6)
     assert config["lr_init"] == .01 and config["name"] == "run" and not of(run.events, "warning")
+    assert not [t.name for t in threading.enumerate() if t.name.startswith("Otel")]      # wandb's own telemetry
     assert alone == [] and capfd.readouterr().err == ""
 
 

@@ -39,16 +39,16 @@ def document_losses(model: nn.Module, examples: Sequence, micro_bsz: int = 8, st
 
     accelerator: an `accelerate.Accelerator`, whose processes share the work; all must ask, and all get all."""
     device, was_training, rank, world = next(model.parameters()).device, model.training, *((accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1))
-    todo, nats = list(batches(examples, micro_bsz=micro_bsz)), torch.zeros(len(examples), dtype=torch.float64, device=device)
+    todo, nats = list(batches(examples, micro_bsz=micro_bsz)), torch.zeros(len(examples), dtype=torch.float64)
     model.eval()
     try:
         for i in range(0, len(todo), world):
             if stop(): return None
             batch = todo[i + rank] if i + rank < len(todo) else idle()
-            found = model(**on_device(batch, device), by_row=True)[0].double()
+            found = model(**on_device(batch, device), by_row=True)[0].cpu().double()
             nats[batch.rows] = found[:len(batch.rows)]
     finally: model.train(was_training)
-    return (accelerator.reduce(nats, "sum") if world > 1 else nats).tolist()
+    return (accelerator.reduce(nats.to(accelerator.device), "sum") if world > 1 else nats).tolist()
 
 # %% ../../nbs/train/60_evaluate.ipynb #37395cb6
 def trained_weight(example) -> float:

@@ -38,11 +38,17 @@ def open_tracker(word: str, folder: str | Path, config: dict, step: int = 0):
     if kind == "trackio": tracker = LOGGER_TYPE_TO_CLASS[kind]("rwkv_peft", name=folder.name, resume="allow", embed=False, auto_log_gpu=False, auto_log_cpu=False)
     if kind == "wandb":
         import wandb
+        if not online: _no_telemetry()
         quiet = wandb.Settings(mode="online" if online else "offline", silent=not online, console="off", disable_git=True, disable_code=True, x_disable_stats=True, x_disable_meta=True)
         tracker = LOGGER_TYPE_TO_CLASS[kind]("rwkv_peft", name=folder.name, dir=str(folder), settings=quiet)
     tracker.start()
     tracker.store_init_configuration(flat(config))
     return tracker
+
+def _no_telemetry():
+    try: from wandb.analytics.opentelemetry.opentelemetry_proxy import disable
+    except ImportError: return          # a version without it
+    disable()
 
 # %% ../../nbs/train/64_trackers.ipynb #4c78bd2a
 def tracked(events: Iterator[dict], word: str | None, folder: str | Path, warn, first=lambda: True) -> Iterator[dict]:
