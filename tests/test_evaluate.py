@@ -74,6 +74,13 @@ def test_processes_share_the_work():
     assert np.sum(parts, 0) == pytest.approx(whole, rel=1e-6) and np.count_nonzero(parts, 0).tolist() == [1] * 7
 
 
+def test_rows_read_in_pieces_have_the_same_losses():
+    from rwkv_peft.train.infctx import infctx
+    model, data = tiny(), read_data(ROWS[:5], Bytes())
+    whole = document_losses(model, data, 3)
+    assert document_losses(infctx(model, 4), data, 3) == pytest.approx(whole, rel=1e-5)
+
+
 def test_a_model_gives_the_loss_of_each_row():
     "In float64, with weights, an adapter on the head, and a row without a trained token; the gradient of their sum is that of the plain sum."
     from rwkv_peft.peft.adapters import attach
