@@ -54,13 +54,6 @@ def test_refusal(settings, words):
     assert all(w in said for w in words), said
 
 
-@pytest.mark.parametrize("settings", [
-    dict(log_with="wandb")])
-def test_later_words_are_known_and_refused(settings):
-    said = refused(**settings)
-    assert "not in this version yet" in said and next(iter(settings)) in said
-
-
 @pytest.mark.parametrize("settings, words", [
     (dict(nodes=2), "master: 2 hosts need a place to meet"), (dict(nodes=2, master="10.0.0.1"), "master: 2 hosts need"), (dict(nodes=2, node_rank=2, master="a:1"), "node_rank: 2 of 2 hosts"),
     (dict(node_rank=1), "node_rank: 1 of 1 host"), (dict(master="a:1"), "master: is where several hosts meet"), (dict(devices=2, device="cpu:0"), "device: 'cpu:0' is one device"), (dict(devices=0), "devices: should be greater than 0")])

@@ -21,8 +21,8 @@ __all__ = ['METHODS', 'METHOD_WORDS', 'SHORTHAND', 'TAKES', 'PAIRED', 'ConfigErr
            'Schedule', 'Optimiser', 'Hardware', 'Keeping', 'words', 'expected', 'nearest', 'sentences', 'is_foreign',
            'foreign_table', 'recorded', 'is_text_or_method', 'check_method', 'Config', 'check_later', 'check_sources',
            'check_places', 'check_devices', 'spoken', 'check_beside', 'check_storage', 'check_optimiser',
-           'check_strategy', 'check_pieces', 'check_combinations', 'check_rows', 'state_only', 'to_toml', 'read_toml',
-           'from_toml', 'settings_table']
+           'check_strategy', 'check_pieces', 'check_tracker', 'check_combinations', 'check_rows', 'state_only',
+           'to_toml', 'read_toml', 'from_toml', 'settings_table']
 
 # %% ../../nbs/train/10_config.ipynb #9a6e94cd
 class ConfigError(ValueError):
@@ -39,6 +39,7 @@ class Sources(BaseModel):
     model: Any = setting(None, "base model: a bundled name such as \"rwkv7-tiny\", a checkpoint file, or a loaded RWKV")
     data: Any = setting(None, "training rows: a file (jsonl, json, csv, parquet, txt), a pair of binidx files by their common name, hf://datasets/owner/name, a list of rows, a table, or a Dataset")
     eval_data: Any = setting(None, "held-out rows, in the forms of data; unset: a part of data (eval_split)")
+    forget_data: Any = setting(None, "general text on which forgetting is measured, in the forms of data; unset: 13 pieces of English prose that are bundled; \"none\": not measured")
     adapter: str | None = setting(None, "folder of an adapter to start from")
     state: str | None = setting(None, "file of a tuned state to start from, with peft = \"state\"")
 
@@ -128,7 +129,7 @@ class Keeping(BaseModel):
     save_steps: int | None = setting(None, "steps between checkpoints; unset: at each evaluation", gt=0)
     keep: int = setting(3, "newest checkpoints that stay, besides the best", gt=0)
     sample_prompts: list[str] = setting([], "texts that the model continues at each evaluation, word for word: a question to a chat model is \"User: ...\\n\\nAssistant:\"")
-    log_with: str | None = setting(None, "a logging service; nothing leaves the machine unless one is named", later=("any value",))
+    log_with: Literal["tensorboard", "wandb", "wandb:online", "trackio"] | None = setting(None, "a tracker that gets the run's numbers; only wandb:online sends anything from the machine")
 
 # %% ../../nbs/train/10_config.ipynb #3c5f9585
 def words(kind) -> list:
@@ -306,9 +307,9 @@ def check_sources(config: Config):
     kind = type(config.model)
     if not (config.model is None or isinstance(config.model, str) or (hasattr(kind, "parameters") and hasattr(kind, "tokenizer"))):
         raise ValueError(f"model: expected {what['model']}, got {_short(config.model)}")
-    for name in ("data", "eval_data"):
+    for name in ("data", "eval_data", "forget_data"):
         value = getattr(config, name)
-        if value is None: continue
+        if value is None or name == "forget_data" and isinstance(value, str) and value == "none": continue
         if isinstance(value, str) and not value.startswith(("<", "hf://")) and not any(Path(value + end).is_file() for end in ("", ".bin", ".idx")):
             raise FileNotFoundError(f"{name}: {value!r} is a folder; give the jsonl file in it" if value and Path(value).is_dir() else f"{name}: there is no file {value!r}; check the path")
         if isinstance(value, (bool, int, float, dict, bytes)) and not hasattr(value, "with_format"): raise ValueError(f"{name}: expected {what['data']}, got {_short(value)}")
@@ -404,6 +405,12 @@ def check_pieces(config: Config):
     if config.train_type == "infctx" and config.chunk_ctx is None: raise ValueError("chunk_ctx: train_type = 'infctx' reads rows in pieces; say how many tokens a piece has, as in chunk_ctx = 512")
     if config.bptt == "truncated" and config.chunk_ctx is None: raise ValueError("bptt = 'truncated' cuts the gradient between the pieces of a row; say chunk_ctx as well, or leave it out")
 
+# %% ../../nbs/train/10_config.ipynb #d073e85f
+def check_tracker(config: Config):
+    "The tracker is installed."
+    word = (config.log_with or "").partition(":")[0]
+    if word and find_spec(word) is None: raise ValueError(f"log_with: {config.log_with!r} needs {word}, which is not installed; pip install {word}, or leave log_with out")
+
 # %% ../../nbs/train/10_config.ipynb #356c38e8
 def check_combinations(config: Config):
     "Settings that contradict each other."
@@ -416,6 +423,7 @@ def check_combinations(config: Config):
     check_optimiser(config)
     check_strategy(config)
     check_pieces(config)
+    check_tracker(config)
     if config.int8_matmul != "dequant" and config.quant != "int8": raise ValueError(f"int8_matmul = {config.int8_matmul!r} is the product of int8 matrices; say quant = 'int8' as well")
     if config.epochs is not None and config.max_steps is not None: raise ValueError("epochs and max_steps both say how long the run is; give one of them")
     shorthand = [n for n in SHORTHAND if n in config.model_fields_set and getattr(config, n) != type(config).model_fields[n].default]

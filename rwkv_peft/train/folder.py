@@ -191,6 +191,6 @@ def load_config(folder: str | Path, asked: dict) -> Config:
         if recorded(value) != before: raise ConfigError(f"{name}: this run was made with {before!r} and goes on only with that; leave it out, or start a new run for {recorded(value)!r}")
     if {"epochs", "max_steps"} & set(asked): table = {k: v for k, v in table.items() if k not in ("epochs", "max_steps")}
     objects = {k for k, v in table.items() if isinstance(v, str) and v.startswith("<")}
-    kept = {k: v for k, v in table.items() if k not in objects | {"data", "eval_data", "name", "output"}}
+    kept = {k: v for k, v in table.items() if k not in objects | {"data", "eval_data", "name", "output"} and (k != "forget_data" or v == "none")}
     new = {k: v for k, v in asked.items() if k in CHANGEABLE or (k == "model" and v is not None)}
     return Config(**{**kept, **new, "name": Path(folder).name, "output": str(Path(folder).parent), "resume": True})

@@ -38,7 +38,7 @@ from ..peft.lora import linears
 from ..peft.inits import EVA, StartedAdapter
 from ..peft.lisa import refit, refuse_with_zero
 from .config import Config, ConfigError, recorded
-from .evaluate import evaluate, trained_bytes
+from .evaluate import change_of, document_losses, evaluate, keep_losses, mean_loss, read_general, save_general, trained_bytes
 from .events import EventLog, event, read_events, timeline
 from .folder import OwnRandomness, checkpoints, folder_of, holds_run, load_checkpoint, load_config, load_rows, prune, save_changes, save_checkpoint, save_config, save_rows, sweep
 from .infctx import infctx
@@ -47,6 +47,7 @@ from .loss import LossScale, on_device, over_ranks, penalty_of, trained_tokens
 from .plan import plan_memory
 from .strategy import accelerator_on, add_up, clip_and_norm, copies, from_all, from_first, moments_of, ranks, set_moments, share, take_back, whole, zero_of
 from .optim import default_lr, lorafa_groups, lr_at, make_optimizer, methods_of, optimizer_groups, set_lr, update_of
+from .trackers import tracked
 
 # %% auto #0
 __all__ = ['TrainingError', 'Feed', 'patient', 'read_rows_of', 'in_windows', 'load_base', 'settle', 'plain_words', 'gradient_of',
@@ -240,17 +241,25 @@ def _damaged(run: Run) -> str:
 def examine(run: Run) -> list[dict]:
     "Evaluates, and writes samples; returns the events. Nothing is recorded when a stop was asked for meanwhile: a resumed run then evaluates here."
     began = time.perf_counter()
-    found = evaluate(run.model, run.held_out, n_bytes=run.held_out_bytes, stop=lambda: asked(run)[0], accelerator=run.accelerator) if run.held_out else {}
-    if found is None: return []
+    nats = document_losses(run.model, run.held_out, stop=lambda: asked(run)[0], accelerator=run.accelerator) if run.held_out else []
+    if nats is None: return []
+    found = mean_loss(nats, run.held_out, sum(run.held_out_bytes)) if nats else {}
     if found and not math.isfinite(found["loss"]) and not run.step: raise TrainingError(f"the held-out loss is {found['loss']} before any step: {_damaged(run)}")
     if found and not math.isfinite(found["loss"]): raise TrainingError(f"step {run.step}: the held-out loss is {found['loss']}; start again with a lower lr_init than {run.settled.lr_init:g}")
+    better = bool(found) and found["loss"] < run.best_loss
+    general = evaluate(run.model, run.general, stop=lambda: asked(run)[0], accelerator=run.accelerator) if better and run.general else {}
+    if general is None: return []
     run.evaluated, said = run.step, []
     if found:
-        better = found["loss"] < run.best_loss
         if better: run.best_loss, run.best_step, run.waited = found["loss"], run.step, 0
         else: run.waited += 1
-        said.append(run.say("eval", step=run.step, best=better, seconds=time.perf_counter() - began, **found))
+        said.append(run.say("eval", step=run.step, best=better, change=_since_first(run, nats), general=general or None, seconds=time.perf_counter() - began, **found))
     with whole(run.engine, run.model.parameters() if run.config.sample_prompts else ()): return said + [speak(run, prompt) for prompt in run.config.sample_prompts]
+
+def _since_first(run: Run, nats: list[float]) -> dict | None:
+    if run.rank: return None
+    first = keep_losses(run.folder, run.step, nats)
+    return change_of(first, nats, run.held_out, run.held_out_bytes) if run.step else None
 
 # %% ../../nbs/train/70_loop.ipynb #f06dc401
 def speak(run: Run, prompt: str, max_tokens: int = 120) -> dict:
@@ -396,7 +405,7 @@ def prepare(run: Run):
     model.grad_cp = run.device.type == "cuda" if config.grad_cp == "auto" else config.grad_cp
     if config.backend != "auto": model.backend = config.backend
     infctx(model, config.chunk_ctx, config.bptt)
-    run.held_out_bytes = trained_bytes(run.held_out, run.tokenizer) if run.held_out else 0
+    run.held_out_bytes = [trained_bytes([e], run.tokenizer) for e in run.held_out or ()]
     run.model, run.scale = model.train(), LossScale(next(model.parameters()).dtype)
     run.settled, run.prepared = settle(config, len(run.loader), default_lr(run.methods)), True
 
@@ -408,6 +417,7 @@ def _read(run: Run) -> dict | None:
     run.tokenizer = tokenizer_for(config_of(read(config.model)).vocab_size) if isinstance(config.model, str) else config.model.tokenizer
     if config.resume: run.data, run.held_out, prints = load_rows(run.folder, run.tokenizer)
     else: run.data, run.held_out = read_rows_of(config, run.tokenizer)
+    run.general = read_general(config.forget_data, run.tokenizer, run.folder if config.resume else None) if run.held_out else None
     run.loader = Loader(run.data, config.micro_bsz or 1, config.dataload, config.ctx_len, config.seed, magic_prime=config.magic_prime)
     return prints
 
@@ -517,7 +527,7 @@ def begin(run: Run) -> Iterator[dict]:
     for word in (*run.told, *left_out(run.data.facts), *run.loader.notes()) if not again else (): yield run.say("warning", message=word)
     if not again and len(run.methods) > 1 and run.config.lr_init is None and any(n.endswith(".time_state") for n in run.trained):
         yield run.say("warning", message=f"the state is tuned at the same rate as the rest, {s.lr_init:g}, and may want a much higher one; set lr_init, or tune one after the other")
-    if not again and run.held_out is None: yield run.say("warning", message="no rows are held out, so nothing tells whether the model gets better on rows that it has not seen, and the last weights are kept; set eval_split or eval_data")
+    if not again and run.held_out is None: yield run.say("warning", message="no rows are held out, so nothing tells whether the model gets better on rows that it has not seen, or what it forgets, and the last weights are kept; set eval_split or eval_data")
 
 # %% ../../nbs/train/70_loop.ipynb #7597fc35
 def said_of_pages(run: Run) -> list[str]:
@@ -549,6 +559,7 @@ def _write(run: Run):
     try: run.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error: raise ConfigError(f"output: {str(run.folder)!r} can't be made ({error.strerror}); choose another folder") from None
     save_config(run.folder, run.config, {"name": run.folder.name, **{k: getattr(s, k) for k in ("micro_bsz", "accumulate", "lr_init", "lr_final", "warmup_steps")}})
+    if run.general and run.config.forget_data is not None: save_general(run.general, run.folder)
     save_rows(run.folder, run.data, run.held_out, run.base)
     save_looked_at(run)
 
@@ -607,7 +618,7 @@ def plan_of(run: Run) -> dict:
 
 # %% ../../nbs/train/70_loop.ipynb #0898ab81
 def report_of(run: Run) -> dict:
-    "What a run did, from its events alone: settings, held-out loss before and after, best step, time, speed, samples."
+    "What a run did, from its events alone: settings, held-out loss before and after, the change with its interval, the loss on general text (`forgetting`), best step, time, speed, samples."
     events = timeline(run.events)
     pick = lambda kind: [e for e in events if e["event"] == kind]
     steps, evals, samples, start = pick("step"), pick("eval"), pick("sample"), (pick("start") or [{}])[0]
@@ -615,9 +626,11 @@ def report_of(run: Run) -> dict:
     seconds, tokens = sum(e["seconds"] for e in steps), sum(e["tokens"] for e in steps)
     newest = {e["prompt"]: e for e in samples}
     brief = lambda e: {k: e[k] for k in ("step", "loss", "bits_per_byte", "tokens")} if e else None
+    general = [e and e.get("general") for e in (evals[0] if evals else None, best)]
+    forgetting = {"before": general[0], "after": general[1], "change": general[1]["loss"] - general[0]["loss"]} if all(general) else None
     ends = [e for e in events if e["event"] in ("stopped", "error", "done")]
     return {"name": run.folder.name, "folder": str(run.folder), "settings": start.get("config"), "plan": start.get("plan"), "status": ends[-1]["event"] if ends else "running",
-            "message": ends[-1]["message"] if ends else None, "steps": steps[-1]["step"] if steps else 0, "before": brief(evals[0] if evals else None), "after": brief(best), "best_step": best and best["step"],
+            "message": ends[-1]["message"] if ends else None, "steps": steps[-1]["step"] if steps else 0, "before": brief(evals[0] if evals else None), "after": brief(best), "best_step": best and best["step"], "change": best and best.get("change"), "forgetting": forgetting, "evaluations": len(evals),
             "train_loss": [e["loss"] for e in steps], "seconds": seconds, "tokens": tokens, "tokens_per_second": tokens / seconds if seconds else None,
             "samples": [{k: e[k] for k in ("prompt", "base", "text", "step")} for e in newest.values()]}
 
@@ -645,7 +658,7 @@ class Run:
 
     def plan(self) -> dict: return plan_of(self)
     def report(self) -> dict: return report_of(self)
-    def steps(self) -> Iterator[dict]: return events_of(self)
+    def steps(self) -> Iterator[dict]: return tracked(events_of(self), self.config.log_with, self.folder, lambda said: self.say("warning", message=said), lambda: not is_launched())
 
     def fit(self) -> Run:
         "Runs to the end. Ctrl-C saves, says how to go on, and returns; a second Ctrl-C breaks off."
