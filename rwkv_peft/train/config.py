@@ -19,19 +19,19 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 # %% auto #0
 __all__ = ['METHODS', 'METHOD_WORDS', 'SHORTHAND', 'TAKES', 'PAIRED', 'ConfigError', 'setting', 'Sources', 'Rows', 'Method',
            'Schedule', 'Optimiser', 'Hardware', 'Keeping', 'words', 'expected', 'nearest', 'sentences', 'is_foreign',
-           'foreign_table', 'recorded', 'is_text_or_method', 'check_method', 'Config', 'check_later', 'check_sources',
-           'check_places', 'check_devices', 'spoken', 'check_beside', 'check_storage', 'check_optimiser',
-           'check_strategy', 'check_pieces', 'check_tracker', 'check_combinations', 'check_rows', 'state_only',
-           'to_toml', 'read_toml', 'from_toml', 'settings_table']
+           'foreign_table', 'recorded', 'is_text_or_method', 'check_method', 'Config', 'check_sources', 'check_places',
+           'check_devices', 'spoken', 'check_beside', 'check_storage', 'check_optimiser', 'check_strategy',
+           'check_pieces', 'check_tracker', 'check_combinations', 'check_rows', 'state_only', 'to_toml', 'read_toml',
+           'from_toml', 'settings_table']
 
 # %% ../../nbs/train/10_config.ipynb #9a6e94cd
 class ConfigError(ValueError):
     "A setting that can't be used: one sentence with the name, what is wrong, and what to write instead."
 
 # %% ../../nbs/train/10_config.ipynb #5395af36
-def setting(default, description: str, later: tuple = (), **limits):
-    "A pydantic field: `description` feeds help and tables, `later` lists values that are known but not in this version yet, `limits` are pydantic's (`gt`, `ge`, `le`)."
-    return Field(default, description=description, json_schema_extra={"later": list(later)}, **limits)
+def setting(default, description: str, **limits):
+    "A pydantic field: `description` feeds help and tables, `limits` are pydantic's (`gt`, `ge`, `le`)."
+    return Field(default, description=description, **limits)
 
 # %% ../../nbs/train/10_config.ipynb #4756711f
 class Sources(BaseModel):
@@ -172,7 +172,7 @@ def _sentence(name: str, e: dict, known: dict) -> str:
     value, kind = e["input"] if len(e["loc"]) == 1 else e["input"], known[name].annotation
     if "_than" in e["type"] or e["type"] == "finite_number":
         return f"{name}: {e['msg'].replace('Input should', 'should')}, got {_short(value)}"
-    allowed = [w for w in words(kind) if w not in known[name].json_schema_extra["later"]]
+    allowed = words(kind)
     if allowed and isinstance(value, str) and not {bool, int} & set(get_args(kind)):
         return f"{name}: {value!r} is not known{nearest(value, allowed)}{' ' if nearest(value, allowed) else '; '}allowed: {', '.join(map(str, allowed))}"
     return f"{name}: expected {expected(kind)}, got {_short(value)}"
@@ -259,7 +259,6 @@ class Config(Keeping, Hardware, Optimiser, Schedule, Method, Rows, Sources):
     @model_validator(mode="after")
     def together(self):
         "Values that a type can't judge."
-        check_later(self)
         check_sources(self)
         check_combinations(self)
         check_rows(self)
@@ -284,16 +283,6 @@ class Config(Keeping, Hardware, Optimiser, Schedule, Method, Rows, Sources):
     def from_toml(cls, path: str | Path, **changes) -> Config:
         "Reads a file that `to_toml` or a person wrote; `changes` win over it."
         return from_toml(cls, path, changes)
-
-# %% ../../nbs/train/10_config.ipynb #de1bbe35
-def check_later(config: Config):
-    "Refuses a value that is part of the vocabulary and not of this version."
-    for name, field in type(config).model_fields.items():
-        later, value = field.json_schema_extra["later"], getattr(config, name)
-        if not later or value == field.default: continue
-        above = next((float(w.split()[1]) for w in later if isinstance(w, str) and w.startswith("above ")), None)
-        if value in later or "any value" in later or (above is not None and value > above):
-            raise ValueError(f"{name} = {_short(value)} is not in this version yet; leave it at its default, {field.default!r}")
 
 # %% ../../nbs/train/10_config.ipynb #4b4350a6
 def check_sources(config: Config):
@@ -477,12 +466,11 @@ def from_toml(cls: type[Config], path: str | Path, changes: dict) -> Config:
 
 # %% ../../nbs/train/10_config.ipynb #61f76eb5
 def settings_table(cls: type[Config] = Config) -> list[dict]:
-    "A row for each setting, in the order of the groups: `group name allowed default description later`, ready for help, completion and documentation."
+    "A row for each setting, in the order of the groups: `group name allowed default description`, ready for help, completion and documentation."
     groups, rows = [g for g in reversed(cls.__mro__) if issubclass(g, BaseModel) and g is not BaseModel and g is not cls], []
     for group in groups:
         for name in group.__annotations__:
             field = cls.model_fields[name]
-            later = field.json_schema_extra["later"]
-            allowed = [w for w in (words(field.annotation) or (METHOD_WORDS if name == "peft" else [])) if w not in later]
-            rows.append({"group": group.__doc__, "name": name, "allowed": allowed, "expects": expected(field.annotation), "default": field.default, "description": field.description, "later": later})
+            allowed = words(field.annotation) or [*(METHOD_WORDS if name == "peft" else ())]
+            rows.append({"group": group.__doc__, "name": name, "allowed": allowed, "expects": expected(field.annotation), "default": field.default, "description": field.description})
     return rows

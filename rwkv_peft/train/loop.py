@@ -658,7 +658,7 @@ class Run:
 
     def plan(self) -> dict: return plan_of(self)
     def report(self) -> dict: return report_of(self)
-    def steps(self) -> Iterator[dict]: return tracked(events_of(self), self.config.log_with, self.folder, lambda said: self.say("warning", message=said), lambda: not is_launched())
+    def steps(self) -> Iterator[dict]: return tracked(events_of(self), self.config.log_with, self.folder, lambda said: self.say("warning", message=said), lambda: self.rank == 0 and not self.followed)
 
     def fit(self) -> Run:
         "Runs to the end. Ctrl-C saves, says how to go on, and returns; a second Ctrl-C breaks off."
