@@ -285,8 +285,7 @@ def check_later(config: Config):
     for name, field in type(config).model_fields.items():
         later, value = field.json_schema_extra["later"], getattr(config, name)
         if not later or value == field.default: continue
-        above = next((float(w.split()[1]) for w in later if isinstance(w, str) and w.startswith("above ")), None)
-        if value in later or "any value" in later or (above is not None and value > above):
+        if value in later or "any value" in later:
             raise ValueError(f"{name} = {_short(value)} is not in this version yet; leave it at its default, {field.default!r}")
 
 # %% ../../nbs/train/10_config.ipynb #4b4350a6
