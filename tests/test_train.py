@@ -202,7 +202,7 @@ def test_nothing_is_pickled(tmp_path):
     list(run.steps())
     for file in run.folder.rglob("*"):
         if file.suffix == ".pth": assert torch.load(file, weights_only=True)
-        elif file.is_file(): assert file.suffix in (".safetensors", ".json", ".jsonl", ".toml", ".md"), file
+        elif file.is_file(): assert file.suffix in (".safetensors", ".json", ".jsonl", ".toml", ".md", ".bin", ".idx"), file      # .bin and .idx are numbers one after another, mapped by numpy
 
 
 def test_epochs_are_whole(tmp_path):
