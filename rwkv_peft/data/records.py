@@ -19,7 +19,7 @@ import os
 import time
 import numpy as np
 from .rows import DataError, Row, check_row
-from .sources import BLOCKS, Source, open_source
+from .sources import BLOCKS, Source, no_rows, open_source
 from .chat import template_for
 from .masks import Example, check_mask
 from .workers import can_travel, in_order, worker_count
@@ -176,7 +176,7 @@ def _first(pairs: Iterator, opened: Source, bad: str) -> tuple[Row, list]:
             if bad == "refuse": raise
             why.append(str(e))
     if why: raise DataError(f"{opened.name} has no row that can be used; the first of {len(why):,} sentences: {why[0]}")
-    raise DataError(f"{'the list' if opened.format == 'list' else opened.name} has no rows" + (f" in split={opened.split!r}" if opened.split else ""))
+    raise no_rows(opened)
 
 def _encoded(opened: Source, tokenizer, template, loss_mask, mask_id, bos, eos, cache, workers, bad, tell) -> tuple[Sequence[Example], dict]:
     binidx = opened.format == "binidx"

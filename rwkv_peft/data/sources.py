@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BLOCKS', 'FORMATS', 'parse_split', 'bounds_of', 'parse_block', 'sniff', 'Source', 'open_source', 'same_shape',
-           'iter_rows', 'read_rows']
+           'no_rows', 'iter_rows', 'read_rows']
 
 # %% ../../nbs/data/15_sources.ipynb #bf25da06
 from contextlib import contextmanager
@@ -382,6 +382,11 @@ def same_shape(row: Row, first: Row, place: str) -> Row:
     if row.shape == first.shape: return row
     raise DataError(f"{place} {row.number} has {' and '.join(KEYS[row.shape])} but {place} {first.number} has {' and '.join(KEYS[first.shape])}; one data set has one shape of rows")
 
+# %% ../../nbs/data/15_sources.ipynb #afa6218a
+def no_rows(source: Source) -> DataError:
+    "The error for a source without rows."
+    return DataError(f"{'the list' if source.format == 'list' else source.name} has no rows" + (f" in split={source.split!r}" if source.split else "") + ("; it can be read once only, was it read before?" if source.format == "iterator" else ""))
+
 # %% ../../nbs/data/15_sources.ipynb #e115cf43
 def iter_rows(source: Any, fields: Mapping[str, str] | None = None, *, format: str | None = None, split: str | None = None) -> Iterator[Row]:
     "Checked rows of a source (see `open_source`), one at a time, all of one shape; a `DataError` names the first line or row that can't be used, or says that there is none."
@@ -391,7 +396,7 @@ def iter_rows(source: Any, fields: Mapping[str, str] | None = None, *, format: s
         row = check_row(value, number, f"{source.place} {number}", source.fields)
         first = first or row
         yield same_shape(row, first, source.place)
-    if first is None: raise DataError(f"{source.name if source.path else 'the list' if source.format == 'list' else source.name} has no rows" + (f" in split={source.split!r}" if source.split else "") + ("; it can be read once only, was it read before?" if source.format == "iterator" else ""))
+    if first is None: raise no_rows(source)
 
 # %% ../../nbs/data/15_sources.ipynb #8cff43f1
 def read_rows(source: Any, fields: Mapping[str, str] | None = None, *, format: str | None = None, split: str | None = None) -> list[Row]:
