@@ -257,3 +257,20 @@ def test_a_loader_with_spawned_workers_reads_the_same_rows(tmp_path):
 
 
 def _tokens_of(e): return e.tokens.tolist()
+
+
+def test_a_run_over_rows_on_disk_is_that_of_the_list_and_goes_on_as_if_never_stopped(rows_file, tmp_path):
+    from rwkv_peft.train.loop import Run, finetune
+    told = dict(model="rwkv7-tiny", max_steps=4, micro_bsz=4, accumulate=1, eval_steps=4, save_steps=2, r=2)
+    def losses(run, until=9):
+        found = []
+        for e in run.steps():
+            found += [e["loss"]] if e["event"] == "step" else []
+            if len(found) == until and e["event"] == "saved": break
+        return found
+    kept = read_data(rows_file, Bytes(), cache=tmp_path / "cache", workers=1)[:60]
+    assert isinstance(kept.examples, Stored)
+    listed, whole = (losses(finetune(data=data, output=str(tmp_path), name=name, **told)) for data, name in ((read_data(rows_file, Bytes())[:60], "listed"), (kept, "whole")))
+    first = losses(finetune(data=kept, output=str(tmp_path), name="parts", **told), 2)
+    resumed = Run.resume(tmp_path / "parts")
+    assert len(whole) == 4 and listed == whole == first + losses(resumed) and isinstance(resumed.data.examples, Stored)

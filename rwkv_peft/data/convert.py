@@ -19,7 +19,7 @@ import numpy as np
 from .binidx import Binidx, BinidxWriter, magic_prime, pair_of
 from .chat import segments_of, template_for
 from .rows import DataError, Row, check_row
-from .sources import BLOCKS, Source, open_source, parse_block, same_shape
+from .sources import BLOCKS, Source, no_rows, open_source, parse_block, same_shape, total_of
 from .workers import can_travel, in_order
 from ..model.tokenizer import Bytes, World
 
@@ -75,7 +75,7 @@ def _items(source: Source) -> Iterator:
 # %% ../../nbs/data/45_convert.ipynb #69f8cd77
 def encode_source(source: Source, prefix: str | Path, tokenizer: Any, template: str | Callable | None = None, append_eod: bool = True, workers: int = 1, tell: Callable[[str, int, int | None], Any] = _quiet) -> dict:
     "Write each row of `source` once, in its order, as a pair; what was found comes back as a dict. `tell(what, done, of)` is called now and then."
-    total = source.total()
+    total = total_of(source)
     first, rows, done, ignored, weighted = None, 0, 0, set(), 0
     encode = partial(encode_block, source=replace(source, data=None), tokenizer=tokenizer, template=template, append_eod=append_eod)
     workers = workers_for(source, encode, workers)
@@ -86,7 +86,7 @@ def encode_source(source: Source, prefix: str | Path, tokenizer: Any, template: 
             writer.extend(block.ids, block.sizes)
             rows, done, ignored, weighted = rows + len(block.sizes), done + block.read, ignored | block.ignored, weighted + block.weighted
             tell("encode", done, total)
-        if not rows: raise DataError(f"{source.name} has no rows" + (f" in split={source.split!r}" if source.split else ""))
+        if not rows: raise no_rows(source)
     used = None if first.shape in ("ids", "text") else getattr(template_for(first.shape, template), "__name__", "a function")
     return {"rows": rows, "shape": first.shape, "template": used, "ignored": sorted(ignored), "weighted": weighted, "workers": workers, "note": source.note}
 

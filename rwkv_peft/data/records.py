@@ -19,7 +19,7 @@ import os
 import time
 import numpy as np
 from .rows import DataError, Row, check_row
-from .sources import BLOCKS, Source, open_source
+from .sources import BLOCKS, Source, no_rows, open_source, total_of
 from .chat import template_for
 from .masks import Example, check_mask
 from .workers import can_travel, in_order, worker_count
@@ -122,9 +122,7 @@ def _settings(tokenizer, ctx_len, long, untrained, bad) -> None:
     for name, word in (("untrained", untrained), ("bad", bad)):
         if word not in ("refuse", "drop"): raise DataError(f"{name}={word!r} isn't known; use 'refuse' or 'drop'")
 
-# %% ../../nbs/data/35_records.ipynb #56467a92
-BIG = 32 << 20      # bytes: a larger file's rows are kept on disk; a smaller one isn't worth starting processes
-
+# %% ../../nbs/data/35_records.ipynb #f287467c
 def lines_of(every: float = 5.) -> Callable:
     "A `tell(what, done, of)` that prints a line after `every` seconds, the next after twice as many, and so on; nothing for quick work."
     begun, due = time.monotonic(), every
@@ -134,6 +132,9 @@ def lines_of(every: float = 5.) -> Callable:
         due = 2 * now
         print(f"{what}: {f'{done / of:.0%}' if of else f'{done:,}'} after {now:.0f} s", flush=True)
     return tell
+
+# %% ../../nbs/data/35_records.ipynb #56467a92
+BIG = 32 << 20      # bytes: a larger file's rows are kept on disk; a smaller one isn't worth starting processes
 
 def _counted(tasks: Iterable[tuple[int, Any]], tell: Callable, of: int | None) -> Iterator[tuple[int, Any]]:
     done = 0
@@ -157,7 +158,7 @@ def encode_to_disk(source: Source, pairs: Iterable[tuple[int, Any]], recipe: Rec
     folder = home / key
     if not folder.exists():
         print(f"{source.name}: encoding with {1 if facts else workers} process{'es' * (not facts and workers > 1)}, once; kept in {folder}")
-        store(folder, in_order(partial(encode_task, recipe=recipe), _counted(_tasks(source, pairs), tell or lines_of(), source.total()), 1 if facts else workers), None if recipe.shape == "ids" else getattr(recipe.tokenizer, "vocab_size", None))
+        store(folder, in_order(partial(encode_task, recipe=recipe), _counted(_tasks(source, pairs), tell or lines_of(), total_of(source)), 1 if facts else workers), None if recipe.shape == "ids" else getattr(recipe.tokenizer, "vocab_size", None))
     try: rows, kept = Stored(folder, recipe.tokenizer), json.loads((folder / "kept.json").read_text(encoding="utf-8"))
     except (DataError, OSError, ValueError) as e: raise DataError(f"{folder} was kept from an earlier reading and is damaged ({e}); delete it") from None
     return rows, {**facts, "kept": str(folder), "ignored": kept["ignored"], "bad": kept["bad"]}
@@ -176,7 +177,7 @@ def _first(pairs: Iterator, opened: Source, bad: str) -> tuple[Row, list]:
             if bad == "refuse": raise
             why.append(str(e))
     if why: raise DataError(f"{opened.name} has no row that can be used; the first of {len(why):,} sentences: {why[0]}")
-    raise DataError(f"{'the list' if opened.format == 'list' else opened.name} has no rows" + (f" in split={opened.split!r}" if opened.split else ""))
+    raise no_rows(opened)
 
 def _encoded(opened: Source, tokenizer, template, loss_mask, mask_id, bos, eos, cache, workers, bad, tell) -> tuple[Sequence[Example], dict]:
     binidx = opened.format == "binidx"
