@@ -80,7 +80,7 @@ def _run(words: list[str]) -> Any:
 # %% ../nbs/99_cli.ipynb #5523e3c6
 @app.command()
 def tune(words: Words):
-    "Train. Ctrl-C saves and ends; `rwkv-peft tune name=NAME resume=true` goes on."
+    "Train, on several devices with devices=2. Ctrl-C saves and ends; `rwkv-peft tune name=NAME resume=true` goes on."
     from rwkv_peft.notebook.card import TextCard
     from rwkv_peft.notebook.magic import launch
     run, view = _run(words), TextCard()
@@ -226,9 +226,9 @@ Kind = Annotated[Optional[str], typer.Option("--format", help="when the file's n
 Part = Annotated[Optional[str], typer.Option("--split", help="the part to read, as in train[:1000]")]
 
 def read_file(file: str, template: str | None, loss_mask: str | None, ctx_len: int | None, tokenizer: str, format: str | None, split: str | None):
-    "The data set in `file`, rows that are too long cut, rows with nothing to train left out; both are listed in its report."
+    "The data set in `file`, rows that are too long cut, rows with nothing to train and rows that can't be used left out; its report counts them."
     from rwkv_peft.data.records import read_data
-    with redirect_stdout(sys.stderr): return read_data(file, tokenizer_of(tokenizer), template, loss_mask, ctx_len, format=format, split=split, long="cut", untrained="drop")
+    with progress() as tell, redirect_stdout(sys.stderr): return read_data(file, tokenizer_of(tokenizer), template, loss_mask, ctx_len, format=format, split=split, long="cut", untrained="drop", bad="drop", tell=tell)
 
 def _print(view: Any) -> None:
     from rwkv_peft.data.views import visible
@@ -259,6 +259,8 @@ def data_show(file: File, row: Annotated[Optional[int], typer.Option(min=1, help
     from rwkv_peft.data.views import show_text
     data = read_file(file, template, loss_mask, ctx_len, tokenizer, format, split)
     i = 0 if row is None else next((i for i, number in enumerate(rows_of(data.examples)) if number == row), None)
+    why = dict(map(tuple, data.facts["bad"])).get(row)
+    if why: raise typer.BadParameter(why)
     if i is None: raise typer.BadParameter(f"--row {row}: {file} has no row there; its rows are {rows_of(data.examples)[0]} to {rows_of(data.examples)[-1]}")
     print(show_text(data[i], data.tokenizer, data.where(i), colour=sys.stdout.isatty()))
 

@@ -47,10 +47,11 @@ def event(kind: str, **fields) -> dict:
 
 # %% ../../nbs/train/20_events.ipynb #8935abc8
 class EventLog:
-    "Appends events to a file, one line each, and keeps them in `.events`. An OSError (a full disk) leaves the file as it was."
+    "Appends events to a file, one line each, and keeps them in `.events`; without a path only that. An OSError (a full disk) leaves the file as it was."
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
+    def __init__(self, path: str | Path | None = None):
+        self.path, self.events = path and Path(path), []
+        if not path: return
         self.events = read_events(path) if self.path.exists() else []
         self.size = sum(len(line) for line in _whole_lines(path)) if self.path.exists() else 0
         if self.path.exists() and self.path.stat().st_size != self.size: os.truncate(self.path, self.size)
@@ -58,6 +59,7 @@ class EventLog:
     def add(self, event: dict) -> dict:
         "Writes `event` as a line and returns it."
         self.events.append(event)
+        if not self.path: return event
         line = (json.dumps(event, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
         try:
             with open(self.path, "ab", buffering=0) as file:

@@ -23,7 +23,7 @@ from .config import Config, ConfigError, read_toml, recorded
 
 # %% auto #0
 __all__ = ['CHANGEABLE', 'write_whole', 'folder_of', 'holds_run', 'save_rows', 'load_rows', 'save_checkpoint', 'checkpoints',
-           'load_checkpoint', 'prune', 'random_state', 'set_random_state', 'OwnRandomness', 'save_config',
+           'load_checkpoint', 'prune', 'sweep', 'random_state', 'set_random_state', 'OwnRandomness', 'save_config',
            'save_changes', 'load_config']
 
 # %% ../../nbs/train/30_folder.ipynb #72a6138a
@@ -110,10 +110,17 @@ def load_checkpoint(folder: str | Path, step: int | None = None) -> tuple[dict[s
 
 # %% ../../nbs/train/30_folder.ipynb #74fb817c
 def prune(folder: str | Path, keep: int, best: int | None):
-    "Deletes all checkpoints but the newest `keep` and the `best`, and what an interrupted write left behind."
+    "Deletes all checkpoints but the newest `keep` and the `best`."
     for step in checkpoints(folder)[:-keep]:
         if step != best: shutil.rmtree(Path(folder, "checkpoints", f"step-{step}"))
-    for left in Path(folder, "checkpoints").glob(".step-*"): shutil.rmtree(left)
+
+# %% ../../nbs/train/30_folder.ipynb #c0dc77f4
+def sweep(folder: str | Path):
+    "Deletes what interrupted writes left anywhere in a run's folder. No other process may be writing there."
+    left = [p for p in Path(folder).rglob(".*") if re.fullmatch(r"\..+\.\d+\.(part|old|new)", p.name)]
+    for path in left:
+        if path.is_dir(): shutil.rmtree(path)
+        else: path.unlink(missing_ok=True)
 
 # %% ../../nbs/train/30_folder.ipynb #370a93cd
 def random_state(device: str = "cpu") -> dict:
@@ -153,7 +160,7 @@ class OwnRandomness:
         set_random_state(self.outside, self.device)
 
 # %% ../../nbs/train/30_folder.ipynb #a84f0604
-CHANGEABLE = ("epochs", "max_steps", "early_stop", "eval_steps", "sample_prompts", "save_steps", "keep", "log_with", "device", "devices", "strategy")
+CHANGEABLE = ("epochs", "max_steps", "early_stop", "eval_steps", "sample_prompts", "save_steps", "keep", "log_with", "device", "devices", "nodes", "node_rank", "master", "strategy")
 
 def save_config(folder: str | Path, config: Config, settled: dict):
     "Writes config.toml: the settings that were given, and those that were derived (`settled`), so that resuming derives nothing again."
@@ -184,6 +191,6 @@ def load_config(folder: str | Path, asked: dict) -> Config:
         if recorded(value) != before: raise ConfigError(f"{name}: this run was made with {before!r} and goes on only with that; leave it out, or start a new run for {recorded(value)!r}")
     if {"epochs", "max_steps"} & set(asked): table = {k: v for k, v in table.items() if k not in ("epochs", "max_steps")}
     objects = {k for k, v in table.items() if isinstance(v, str) and v.startswith("<")}
-    kept = {k: v for k, v in table.items() if k not in objects | {"data", "eval_data", "name", "output"}}
+    kept = {k: v for k, v in table.items() if k not in objects | {"data", "eval_data", "name", "output"} and (k != "forget_data" or v == "none")}
     new = {k: v for k, v in asked.items() if k in CHANGEABLE or (k == "model" and v is not None)}
     return Config(**{**kept, **new, "name": Path(folder).name, "output": str(Path(folder).parent), "resume": True})

@@ -328,7 +328,7 @@ def memory_of(run) -> dict:
     packed = getattr(model, "quant", "none")
     if config.quant == "none" and packed != "none": config = config.changed(quant=packed)
     longest = min(run.loader.ctx_len, int(run.loader.lengths.max())) if config.dataload in ("bucket", "only") else run.loader.ctx_len
-    return plan_memory(config, model.config, longest, str(run.device), dtype=model.emb.weight.dtype, methods=run.methods, micro_bsz=s.micro_bsz, accumulated=s.accumulate)
+    return plan_memory(config, model.config, longest, str(run.device), dtype=model.emb.weight.dtype, methods=run.methods, micro_bsz=s.micro_bsz, accumulated=s.accumulate, ranks=config.devices if isinstance(config.devices, int) else 1)
 
 # %% ../../nbs/train/65_plan.ipynb #6dfd916e
 def time_of(run) -> str:
