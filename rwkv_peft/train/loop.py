@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
 from types import SimpleNamespace
 import asyncio
 import json
@@ -44,17 +43,17 @@ from .folder import OwnRandomness, checkpoints, folder_of, holds_run, load_check
 from .infctx import infctx
 from .launch import RankError, environment, follow, in_file, is_launched, launcher, processes_of
 from .loss import LossScale, on_device, over_ranks, penalty_of, trained_tokens
-from .plan import plan_memory
+from .plan import memory_of, memory_told, time_of
 from .strategy import accelerator_on, add_up, clip_and_norm, copies, from_all, from_first, moments_of, ranks, set_moments, share, take_back, whole, zero_of
 from .optim import default_lr, lorafa_groups, lr_at, make_optimizer, methods_of, optimizer_groups, set_lr, update_of
 from .trackers import tracked
 
 # %% auto #0
 __all__ = ['TrainingError', 'Feed', 'patient', 'read_rows_of', 'in_windows', 'load_base', 'settle', 'plain_words', 'gradient_of',
-           'take_step', 'turn', 'peak_memory', 'memory_told', 'not_finite', 'examine', 'speak', 'keep', 'put_back',
-           'starts_of', 'go_on', 'release', 'finish', 'save_results', 'train', 'halt', 'prepare', 'left_by', 'take_off',
+           'take_step', 'turn', 'peak_memory', 'not_finite', 'examine', 'speak', 'keep', 'put_back', 'starts_of',
+           'go_on', 'release', 'finish', 'save_results', 'train', 'halt', 'prepare', 'left_by', 'take_off',
            'check_same', 'make_trainable', 'look_at_rows', 'save_looked_at', 'begin', 'said_of_pages', 'find_rate',
-           'memory_of', 'time_of', 'plan_of', 'report_of', 'Run', 'asked', 'events_of', 'last_words', 'finetune']
+           'plan_of', 'report_of', 'Run', 'asked', 'events_of', 'last_words', 'finetune']
 
 # %% ../../nbs/train/70_loop.ipynb #d54764fe
 class TrainingError(RuntimeError):
@@ -207,13 +206,6 @@ def peak_memory(device: torch.device) -> int | None:
     except ImportError: return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
 
-# %% ../../nbs/train/70_loop.ipynb #4143174f
-def memory_told(run: Run) -> dict:
-    "Bytes of memory at most, as `planned` by the `start` event and as `measured`: on a GPU those of its tensors, on a CPU those of the process."
-    plan = next((e["plan"].get("memory") for e in reversed(run.events) if e["event"] == "start"), None)
-    beside = 0 if run.device.type == "cuda" or plan is None else plan["outside"][0]
-    return {"planned": None if plan is None else plan["peak"] + beside, "measured": peak_memory(run.device)}
-
 # %% ../../nbs/train/70_loop.ipynb #2a544990
 @torch.no_grad()
 def not_finite(run: Run, loss: float, norm: float) -> TrainingError:
@@ -333,7 +325,7 @@ def finish(run: Run) -> dict:
     first = next((e["loss"] for e in run.events if e["event"] == "eval"), None)
     best = "" if first is None else f"; the weights of step {run.best_step} are kept, held-out loss {first:.3f} -> {run.best_loss:.3f}"
     if run.best_step == 0: best += ", so training did not help"
-    return run.say("done", step=run.step, best_step=run.best_step, results=results, before=first, after=None if first is None else run.best_loss, memory=memory_told(run),
+    return run.say("done", step=run.step, best_step=run.best_step, results=results, before=first, after=None if first is None else run.best_loss, memory=memory_told(run, peak_memory(run.device)),
                    message=f"ended at step {run.step} of {run.settled.steps}, {why}{best}")
 
 # %% ../../nbs/train/70_loop.ipynb #9c349aa7
@@ -587,21 +579,6 @@ def _hand_over(run: Run):
         find_rate(run)
         run.model, run.trained, run.accelerator, run.prepared = None, None, None, False
     _write(run)
-
-# %% ../../nbs/train/70_loop.ipynb #94d20b39
-def memory_of(run: Run) -> dict:
-    "`plan_memory` for a prepared run: its longest row, its methods, its base as it is held."
-    config, model, s = run.config, run.model, run.settled
-    packed = getattr(model, "quant", "none")
-    if config.quant == "none" and packed != "none": config = config.changed(quant=packed)
-    longest = min(run.loader.ctx_len, int(run.loader.lengths.max())) if config.dataload in ("bucket", "only") else run.loader.ctx_len
-    return plan_memory(config, model.config, longest, str(run.device), dtype=model.emb.weight.dtype, methods=run.methods, micro_bsz=s.micro_bsz, accumulated=s.accumulate)
-
-# %% ../../nbs/train/70_loop.ipynb #6dfd916e
-def time_of(run: Run) -> str:
-    "The time that the steps left will take, by the median of those measured; unknown before ten were."
-    seconds = [e["seconds"] for e in run.events if e["event"] == "step"]
-    return f"{median(seconds) * (run.settled.steps - len(seconds)) / 60:.0f} minutes for the steps left" if len(seconds) >= 10 else "unknown until ten steps are measured"
 
 # %% ../../nbs/train/70_loop.ipynb #01c6f5e3
 def plan_of(run: Run) -> dict:

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from statistics import median
 from types import SimpleNamespace
 import itertools
 import weakref
@@ -28,7 +29,8 @@ from .optim import make_optimizer, methods_of, moment_bytes, update_of
 # %% auto #0
 __all__ = ['OUTSIDE', 'Live', 'answer', 'base_dtype', 'Started', 'without_look', 'ghost', 'ghosts', 'batch_like', 'moments',
            'follow', 'walk', 'alike', 'stretch', 'replay', 'strategy_bytes', 'loading', 'plan_step', 'said_of', 'room',
-           'fits', 'changes', 'attempts', 'cheapest', 'plan_memory', 'readable', 'as_rows', 'plan_like']
+           'fits', 'changes', 'attempts', 'cheapest', 'plan_memory', 'readable', 'as_rows', 'memory_of', 'time_of',
+           'memory_told', 'plan_like']
 
 # %% ../../nbs/train/65_plan.ipynb #64df30ac
 class Live(TorchDispatchMode):
@@ -318,6 +320,28 @@ def readable(plan: dict) -> dict[str, str]:
 def as_rows(plan: dict) -> dict:
     "A plan of a run with its memory as further rows, for a table."
     return {k: v for k, v in plan.items() if k != "memory"} | (readable(plan["memory"]) if plan.get("memory") else {})
+
+# %% ../../nbs/train/65_plan.ipynb #94d20b39
+def memory_of(run) -> dict:
+    "`plan_memory` for a prepared run: its longest row, its methods, its base as it is held."
+    config, model, s = run.config, run.model, run.settled
+    packed = getattr(model, "quant", "none")
+    if config.quant == "none" and packed != "none": config = config.changed(quant=packed)
+    longest = min(run.loader.ctx_len, int(run.loader.lengths.max())) if config.dataload in ("bucket", "only") else run.loader.ctx_len
+    return plan_memory(config, model.config, longest, str(run.device), dtype=model.emb.weight.dtype, methods=run.methods, micro_bsz=s.micro_bsz, accumulated=s.accumulate, ranks=config.devices if isinstance(config.devices, int) else 1)
+
+# %% ../../nbs/train/65_plan.ipynb #6dfd916e
+def time_of(run) -> str:
+    "The time that the steps left will take, by the median of those measured; unknown before ten were."
+    seconds = [e["seconds"] for e in run.events if e["event"] == "step"]
+    return f"{median(seconds) * (run.settled.steps - len(seconds)) / 60:.0f} minutes for the steps left" if len(seconds) >= 10 else "unknown until ten steps are measured"
+
+# %% ../../nbs/train/65_plan.ipynb #4143174f
+def memory_told(run, measured: int | None) -> dict:
+    "Bytes of memory at most, as `planned` by the `start` event and as it was `measured`: on a GPU those of its tensors, on a CPU those of the process."
+    plan = next((e["plan"].get("memory") for e in reversed(run.events) if e["event"] == "start"), None)
+    beside = 0 if run.device.type == "cuda" or plan is None else plan["outside"][0]
+    return {"planned": None if plan is None else plan["peak"] + beside, "measured": measured}
 
 # %% ../../nbs/train/65_plan.ipynb #74a49bb3
 def plan_like(name: str, settings: dict, device: str = "cuda", there: int | None = None) -> dict:
