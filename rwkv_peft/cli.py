@@ -80,7 +80,7 @@ def _run(words: list[str]) -> Any:
 # %% ../nbs/99_cli.ipynb #5523e3c6
 @app.command()
 def tune(words: Words):
-    "Train. Ctrl-C saves and ends; `rwkv-peft tune name=NAME resume=true` goes on."
+    "Train, on several devices with devices=2. Ctrl-C saves and ends; `rwkv-peft tune name=NAME resume=true` goes on."
     from rwkv_peft.notebook.card import TextCard
     from rwkv_peft.notebook.magic import launch
     run, view = _run(words), TextCard()
@@ -89,9 +89,18 @@ def tune(words: Words):
 
 # %% ../nbs/99_cli.ipynb #36da4d0a
 @app.command()
-def plan(words: Words):
+def plan(words: Words = [], like: Annotated[Optional[str], typer.Option(help="a released size, such as RWKV6-7B, in place of a model and rows")] = None,
+         on: Annotated[str, typer.Option(help="with --like: cuda or cpu")] = "cuda", memory: Annotated[Optional[float], typer.Option(min=0, help="with --like: its memory in GiB")] = None):
     "What a run would do: steps, trained numbers, memory. Trains nothing."
-    for key, value in _run(words).plan().items(): print(f"{key.replace('_', ' ')}: {value}")
+    from rwkv_peft.train.plan import as_rows, plan_like, readable
+    if like is None: rows = as_rows(_run(words).plan())
+    else:
+        from rwkv_peft.train.config import read_toml
+        file, settings = settings_of(words)
+        if on not in ("cuda", "cpu"): raise typer.BadParameter(f"--on {on} is not known; use cuda or cpu")
+        try: rows = readable(plan_like(like, (read_toml(file)[0] if file else {}) | settings, on, None if memory is None else int(memory * 2**30)))
+        except ValueError as error: raise typer.BadParameter(str(error)) from None
+    for key, value in rows.items(): print(f"{key.replace('_', ' ')}: {value}")
 
 # %% ../nbs/99_cli.ipynb #0a7290f8
 def prompt_text(said: str) -> str:
@@ -217,9 +226,9 @@ Kind = Annotated[Optional[str], typer.Option("--format", help="when the file's n
 Part = Annotated[Optional[str], typer.Option("--split", help="the part to read, as in train[:1000]")]
 
 def read_file(file: str, template: str | None, loss_mask: str | None, ctx_len: int | None, tokenizer: str, format: str | None, split: str | None):
-    "The data set in `file`, rows that are too long cut, rows with nothing to train left out; both are listed in its report."
+    "The data set in `file`, rows that are too long cut, rows with nothing to train and rows that can't be used left out; its report counts them."
     from rwkv_peft.data.records import read_data
-    with redirect_stdout(sys.stderr): return read_data(file, tokenizer_of(tokenizer), template, loss_mask, ctx_len, format=format, split=split, long="cut", untrained="drop")
+    with progress() as tell, redirect_stdout(sys.stderr): return read_data(file, tokenizer_of(tokenizer), template, loss_mask, ctx_len, format=format, split=split, long="cut", untrained="drop", bad="drop", tell=tell)
 
 def _print(view: Any) -> None:
     from rwkv_peft.data.views import visible
@@ -250,6 +259,8 @@ def data_show(file: File, row: Annotated[Optional[int], typer.Option(min=1, help
     from rwkv_peft.data.views import show_text
     data = read_file(file, template, loss_mask, ctx_len, tokenizer, format, split)
     i = 0 if row is None else next((i for i, number in enumerate(rows_of(data.examples)) if number == row), None)
+    why = dict(map(tuple, data.facts["bad"])).get(row)
+    if why: raise typer.BadParameter(why)
     if i is None: raise typer.BadParameter(f"--row {row}: {file} has no row there; its rows are {rows_of(data.examples)[0]} to {rows_of(data.examples)[-1]}")
     print(show_text(data[i], data.tokenizer, data.where(i), colour=sys.stdout.isatty()))
 
@@ -344,9 +355,14 @@ def bench_generate(tokens: Annotated[int, typer.Option(min=1, help="decoded in a
 def bench_memory(tokens: Annotated[list[int], typer.Option(min=1, help="may be given several times")] = [512, 1024, 2048, 4096],
                  small: Annotated[bool, typer.Option("--small", help="a small model, for a quick look")] = False,
                  infctx: Annotated[bool, typer.Option("--infctx", help="2,048 and 16,384 tokens in pieces of 512 as well")] = False,
+                 plan: Annotated[bool, typer.Option("--plan", help="the plan's bytes beside the peaks of processes, and nothing else")] = False,
                  json: Json = None, figure: Figure = None, check: Check = False):
     "Peak memory of a LoRA step, plain, checkpointed and in pieces."
-    from rwkv_peft.bench.peaks import bench_memory, memory_figures, memory_table
+    from rwkv_peft.bench.peaks import bench_memory, bench_plan, memory_figures, memory_table, plan_table
+    if plan:
+        planned = bench_plan()
+        print(plan_table(planned))
+        return report("memory", {"plan": planned}, {}, json, figure, check)
     result = bench_memory(lengths=tokens, small=small, infctx=[2048, 16384] if infctx else [])
     print(memory_table(result))
     report("memory", {"memory": result}, memory_figures(result), json, figure, check)

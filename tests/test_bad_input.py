@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import shutil
+import struct
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -59,6 +60,12 @@ def checkpoint_files(desk, good: dict, file: bytes):
     }
 
 
+def index(code, sizes, documents=(0, 1)):
+    "A Megatron index, version 1: sizes int32, pointers int64 (bytes), documents int64."
+    starts = [2 * sum(sizes[:i]) for i in range(len(sizes))]
+    return b"MMIDIDX\0\0" + struct.pack(f"<QBQQ{len(sizes)}i{len(sizes)}q{len(documents)}q", 1, code, len(sizes), len(documents), *sizes, *starts, *documents)
+
+
 DATA = {
     "empty.jsonl": b"", "blank.jsonl": b"\n  \r\n\n", "object.json": json.dumps({"rows": ROWS}).encode(), "notes.log": b"Once upon a time\n", "pairs.csv": b"q,a\n1,2\n",
     "latin.jsonl": '{"text": "café"}\n'.encode("latin-1"), "utf16.jsonl": lines(ROWS).encode("utf-16"), "nul.jsonl": b'{"text": "a\0b"}\n', "zeros.jsonl": b"\0" * 99,
@@ -66,6 +73,9 @@ DATA = {
     "no_text.jsonl": lines([{"text": "a"}, {"txt": "b"}]).encode(), "null.jsonl": lines([{"text": None}]).encode(), "number.jsonl": lines([{"text": 7}]).encode(),
     "shapes.jsonl": lines([{"text": "a"}, ROWS[0]]).encode(), "long.jsonl": lines([{"text": "ab"}, {"text": "x" * 5000}]).encode(),
     "idle.jsonl": lines([{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}, {"messages": [{"role": "user", "content": "hi"}]}]).encode(),
+    "row.jsonl": b'{"text": "a"}\n{"text": "b', "answer.jsonl": lines([ROWS[0], {"prompt": "a", "completion": " "}]).encode(), "names.jsonl": lines([{"qestion": "a", "anwser": "b", "prmpt": "c", "completon": "d"}]).encode(),
+    "wide.jsonl": lines([{"text": "x" * 10_000_000 + "\ud83d"}]).encode(), "lone.bin": b"\0\0", "lone2.idx": b"MMIDIDX\0\0",
+    "cut.bin": b"\1\0", "cut.idx": index(8, [2]), "code.bin": b"\1\0\2\0", "code.idx": index(99, [2]), "stump.bin": b"\1\0\2\0", "stump.idx": index(8, [2])[:-3],
     "all_idle.jsonl": lines([{"messages": [{"role": "user", "content": "hi"}]}] * 2).encode(),
 }
 
@@ -196,6 +206,12 @@ ROWS_REFUSED = [  # the model's sizes are read, for the tokenizer, and no weight
     ({"data": "shapes.jsonl"}, ["shapes.jsonl line 2", "one shape"]),
     ({"data": "long.jsonl", "ctx_len": 64}, ["long.jsonl line 2", "5,001 tokens", "ctx_len=64", "long='cut'"]),
     ({"data": "idle.jsonl"}, ["idle.jsonl line 2", "no token to train", "untrained='drop'"]),
+    ({"data": "row.jsonl"}, ["row.jsonl line 2", "isn't JSON"]),
+    ({"data": "answer.jsonl"}, ["answer.jsonl line 2", "'completion'", "empty"]),
+    ({"data": "names.jsonl"}, ["names.jsonl line 1", "'prmpt'", "'completon'", "sft_field"]),
+    ({"data": "wide.jsonl"}, ["wide.jsonl line 1", "half a character"]),
+    ({"data": "lone"}, ["lone.idx", "missing"]), ({"data": "lone.bin"}, ["lone.idx", "missing"]), ({"data": "lone2.idx"}, ["lone2.bin", "missing"]),
+    ({"data": "cut"}, ["cut.bin", "2 bytes"]), ({"data": "code"}, ["code.idx", "99"]), ({"data": "stump.bin"}, ["stump.idx"]),
     ({"data": "all_idle.jsonl"}, ["no row of the 2", "token to train"]),
     ({"data": "all_idle.jsonl", "untrained": "drop"}, ["no row of the 2", "token to train"]),
     ({"data": "rows.jsonl", "eval_data": "empty.jsonl"}, ["empty.jsonl", "no rows"]),
@@ -402,6 +418,12 @@ ODD = {"bom.jsonl": b"\xef\xbb\xbf" + lines(ROWS).encode(), "windows.jsonl": lin
 def test_files_of_other_editors_are_the_same_rows(tmp_path, name):
     (tmp_path / name).write_bytes(ODD[name])
     assert read_data(tmp_path / name, Bytes()).fingerprint() == read_data(ROWS, Bytes()).fingerprint()
+
+
+def test_rows_that_are_left_out_are_told(desk, tmp_path):
+    run = rwkv_peft.finetune(model=str(desk / "small.pth"), data=str(desk / "row.jsonl"), bad="drop", output=str(tmp_path), name="rest", **FAST)
+    said = [e["message"] for e in run.steps() if e["event"] == "warning"]
+    assert any("1 rows that can't be used were left out: 2" in word for word in said) and len(run.data) == 1
 
 
 def test_odd_but_plausible_cells_train(ipython, desk, tmp_path, monkeypatch):

@@ -54,11 +54,11 @@ def test_refusal(settings, words):
     assert all(w in said for w in words), said
 
 
-@pytest.mark.parametrize("settings", [
-    dict(log_with="wandb")])
-def test_later_words_are_known_and_refused(settings):
-    said = refused(**settings)
-    assert "not in this version yet" in said and next(iter(settings)) in said
+@pytest.mark.parametrize("settings, words", [
+    (dict(nodes=2), "master: 2 hosts need a place to meet"), (dict(nodes=2, master="10.0.0.1"), "master: 2 hosts need"), (dict(nodes=2, node_rank=2, master="a:1"), "node_rank: 2 of 2 hosts"),
+    (dict(node_rank=1), "node_rank: 1 of 1 host"), (dict(master="a:1"), "master: is where several hosts meet"), (dict(devices=2, device="cpu:0"), "device: 'cpu:0' is one device"), (dict(devices=0), "devices: should be greater than 0")])
+def test_devices_and_hosts_fit_together(settings, words):
+    assert words in refused(**settings)
 
 
 def test_several_errors_are_all_named():
@@ -71,7 +71,7 @@ def test_every_setting_of_the_design_has_a_description_and_a_default():
     assert set(table) == set(Config.model_fields)
     wanted = """model data eval_data adapter state template loss_mask dataload ctx_len chunk_ctx micro_bsz accumulate epochs max_steps peft r alpha dropout targets train_parts quant int8_matmul train_type bptt
         lr_init lr_final lr_schedule warmup_steps optim weight_decay grad_clip grad_cp precision device backend strategy devices eval_split eval_steps save_steps keep sample_prompts seed name output log_with resume
-        early_stop layerwise_lr l2wrap z_loss mask_id sft_field sft_split magic_prime""".split()
+        early_stop layerwise_lr l2wrap z_loss mask_id sft_field sft_split magic_prime nodes node_rank master""".split()
     assert set(wanted) <= set(table)
     assert all(len(row["description"]) > 5 and row["group"] for row in table.values())
     got = {n: table[n]["default"] for n in ("peft", "r", "dropout", "lr_schedule", "optim", "weight_decay", "grad_clip", "eval_split", "keep", "seed", "output", "early_stop", "resume", "dataload")}

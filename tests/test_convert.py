@@ -16,8 +16,9 @@ from hypothesis import given, settings, strategies as st
 from rwkv_peft import cli
 from rwkv_peft.data import convert as module
 from rwkv_peft.data.binidx import Binidx, BinidxWriter
-from rwkv_peft.data.convert import in_order, repeat, summary, to_binidx, to_jsonl, trainer_words
+from rwkv_peft.data.convert import repeat, summary, to_binidx, to_jsonl, trainer_words
 from rwkv_peft.data.rows import DataError
+from rwkv_peft.data.workers import in_order
 from rwkv_peft.model.tokenizer import Bytes, World
 
 TEXTS = ["aa", "a longer row, with\n\nlines", "你好，世界。", "😀👩‍👩‍👧", "NUL \x00 and \x17", "<script>", "Ünïcode\u2028line\u0085s", "7"]

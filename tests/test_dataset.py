@@ -11,7 +11,7 @@ from hypothesis import given, settings, strategies as st
 
 from rwkv_peft import cli
 from rwkv_peft.data.masks import Example, encode_segments
-from rwkv_peft.data.records import Dataset, read_data
+from rwkv_peft.data.records import Dataset, load_encoded, read_data, save_encoded
 from rwkv_peft.data.rows import DataError
 from rwkv_peft.data.stored import Stored
 from rwkv_peft.data.views import LOOKED_AT, minhash, normal, padding_efficiency, percentile, repeats, sample_of, shingles, show_text, visible
@@ -208,6 +208,69 @@ def test_data_verbs(capsys, tmp_path):
     for words, said in ((("show", str(file), "--row", "9"), "1 to 4"), (("report", "nowhere.jsonl"), "nowhere.jsonl"), (("check", str(file), "--loss-mask", "asistant"), "assistant"), (("report", str(file), "--tokenizer", "gpt"), "gpt")):
         code, out, err = shell(capsys, "data", *words)
         assert code == 2 and said in err and err.count("\n") == 1
+
+
+BAD = [("line 2", b'{"prompt": "a", "compl'), ("line 3", b'{"prompt": "a", "completion": "caf\xe9"}'), ("line 5", b'{"messages": [{"role": "asistant", "content": "b"}]}'), ("line 6", b'{"prompt": "a", "completion": ""}'),
+       ("line 7", b'{"text": "another shape"}'), ("line 9", b"7")]
+
+
+def with_bad_rows(path):
+    lines = {int(where.split()[1]): line for where, line in BAD}
+    path.write_bytes(b"\n".join(lines.get(n) or json.dumps(PAIRS[n]).encode() for n in range(1, 11)) + b"\n")
+    return path
+
+
+def test_every_bad_row_is_listed_when_told_to_go_on(tmp_path):
+    file, good = with_bad_rows(tmp_path / "bad.jsonl"), [PAIRS[n] for n in (1, 4, 8, 10)]
+    with pytest.raises(DataError, match="line 2 isn't JSON"): read_data(file, World())
+    wanted = read_data(good, World())
+    for told in ({}, {"cache": tmp_path / "cache", "workers": 1}, {"cache": tmp_path / "cache"}, {"cache": tmp_path / "other", "workers": 2}):
+        data, report = (d := read_data(file, World(), bad="drop", **told)), d.report()
+        assert [e.row for e in data] == [1, 4, 8, 10] and data.contents() == wanted.contents()
+        assert (report["rows"], report["bad_rows"], report["odd_roles"], report["invalid_utf8"]) == (4, 6, 1, 1) and "6 rows that can't be used" in repr(report)
+        found = [p for p in problems(data) if "left out" in p[1]]
+        assert [row for row, _ in found] == [f"{file} {where}" for where, _ in BAD]
+        for (_, problem), word in zip(found, ("isn't JSON", "isn't UTF-8", "'asistant'", "is empty", "one shape", "int"), strict=True): assert word in problem and str(file) + " line " + problem not in problem
+    with pytest.raises(DataError, match="line 2 isn't JSON"): read_data(file, World(), cache=tmp_path / "cache")      # what was kept is another reading
+    save_encoded(data, tmp_path / "kept")
+    assert load_encoded(tmp_path / "kept").check() == data.check()
+
+
+@pytest.mark.parametrize("rows", [[7, {"prompt": "a"}], (r for r in [7])])
+def test_nothing_but_bad_rows(rows):
+    with pytest.raises(DataError, match="no row that can be used.*row 1 is int"): read_data(rows, World(), bad="drop")
+
+
+def test_bad_lines_of_a_table_and_of_an_iterator(tmp_path):
+    (tmp_path / "t.csv").write_text("prompt,completion\na,b\nc\nd,e\n")
+    data = read_data(tmp_path / "t.csv", World(), bad="drop")
+    assert [e.row for e in data] == [2, 4] and "1 cells for 2 columns" in data.facts["bad"][0][1]
+    data = read_data(iter([7, PAIRS[0], {}, PAIRS[1]]), World(), bad="drop")
+    assert [e.row for e in data] == [2, 4] and [n for n, _ in data.facts["bad"]] == [1, 3]
+    with pytest.raises(DataError, match="bad='skip'"): read_data(PAIRS, World(), bad="skip")
+
+
+def test_a_shell_lists_bad_rows(capsys, tmp_path):
+    file = with_bad_rows(tmp_path / "bad.jsonl")
+    code, out, _ = shell(capsys, "data", "check", str(file))
+    assert code == 1 and [line.split(": ")[0] for line in out.splitlines()] == [f"{file} {where}" for where, _ in BAD]
+    code, out, _ = shell(capsys, "data", "report", str(file))
+    assert code == 0 and re.search(r"^bad rows +6$", out, re.M) and re.search(r"^odd roles +1$", out, re.M)
+    code, out, err = shell(capsys, "data", "show", str(file), "--row", "5")
+    assert code == 2 and "'asistant'" in err
+
+
+def test_slow_encoding_says_how_far_it_is(tmp_path, capsys, monkeypatch):
+    from rwkv_peft.data import records
+    said, now = [], iter(range(0, 1000, 4))
+    monkeypatch.setattr(records.time, "monotonic", lambda: next(now))
+    tell = records.lines_of(5)
+    for done in range(10): tell("encode", done, 10)
+    assert capsys.readouterr().out == "encode: 10% after 8 s\nencode: 30% after 16 s\nencode: 70% after 32 s\n"
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(p) + "\n" for p in PAIRS))
+    read_data(tmp_path / "r.jsonl", World(), cache=tmp_path / "cache", tell=lambda *a: said.append(a))
+    size = (tmp_path / "r.jsonl").stat().st_size
+    assert said == [("encode", size, size)]
 
 
 def test_a_page_of_markup_stays_text(tmp_path):

@@ -228,7 +228,7 @@ def test_a_word_or_a_table_is_enough(tmp_path):
     states = {f"blocks.{i}.att.time_state" for i in range(4)}
     assert states <= moved(run.model, before) <= states | tensors(run.model, *(f"blocks.{i}" for j in range(2) for i in deal(4, 1, j)))
     plan = run.plan()
-    assert plan["trained"] < .4 * sum(p.numel() for p in run.model.parameters()) and plan["estimate"]["optimiser_bytes"] == 8 * plan["trained"]
+    assert plan["trained"] < .4 * sum(p.numel() for p in run.model.parameters()) and 8 <= plan["memory"]["optimiser"] / plan["trained"] < 9
 
 
 def test_held_out_loss_of_the_demo_falls(tmp_path):

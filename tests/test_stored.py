@@ -4,6 +4,7 @@ import pickle
 import struct
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,8 @@ from rwkv_peft.data.chat import raw, rwkv
 from rwkv_peft.data.masks import Example
 from rwkv_peft.data.records import Dataset, load_encoded, read_data, save_encoded
 from rwkv_peft.data.rows import DataError
-from rwkv_peft.data.stored import Recipe, Stored, StoredWriter, blocks_of, content_key, cut_to, encode_tasks, lengths_of, rows_of, take, trained_of
+from rwkv_peft.data.stored import Recipe, Stored, StoredWriter, blocks_of, content_key, cut_to, encode_task, lengths_of, rows_of, take, trained_of
+from rwkv_peft.data.workers import in_order
 from rwkv_peft.model.tokenizer import Bytes, World
 
 root = Path(__file__).parent.parent
@@ -154,7 +156,7 @@ print(own.facts["encoded"][:14], own.fingerprint() == data.fingerprint())
 
 def test_a_worker_that_dies_is_told():
     recipe = Recipe(World(), rwkv, "assistant", "pair")
-    with pytest.raises(DataError, match="workers=1"): list(encode_tasks([(1, _Bomb())], recipe, 2))
+    with pytest.raises(DataError, match="workers=1"): list(in_order(partial(encode_task, recipe=recipe), [(1, _Bomb())], 2))
 
 
 class _Bomb:

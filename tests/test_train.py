@@ -46,7 +46,7 @@ def tiny(seed=0, dtype=torch.float32):
 
 
 def make(folder, **settings):
-    base = dict(model=tiny(), data=ROWS, r=4, lr_init=1e-2, micro_bsz=2, accumulate=2, max_steps=8, eval_split=.2, eval_steps=2, output=str(folder), name="run")
+    base = dict(model=tiny(), data=ROWS, forget_data="none", r=4, lr_init=1e-2, micro_bsz=2, accumulate=2, max_steps=8, eval_split=.2, eval_steps=2, output=str(folder), name="run")
     return finetune(**{k: v for k, v in (base | settings).items() if v is not None})
 
 
@@ -179,7 +179,7 @@ def test_events_and_folder(tmp_path):
     assert set(seen[0]) >= {"config", "versions", "plan", "data"} and seen[0]["plan"]["trained"] == sum(p.numel() for p in run.trained.values())
     assert of(seen, "eval")[-1]["loss"] < of(seen, "eval")[0]["loss"]
     names = {p.name for p in run.folder.iterdir()}
-    assert names == {"config.toml", "data", "events.jsonl", "checkpoints", "adapter", "samples.jsonl"}
+    assert names == {"config.toml", "data", "events.jsonl", "checkpoints", "eval.jsonl", "adapter", "samples.jsonl"}
     assert not list(run.folder.rglob("*.part")) and not list(run.folder.rglob(".*"))
     samples = of(seen, "sample")
     assert len(samples) == 5 and samples[0]["base"] == samples[0]["text"] == samples[-1]["base"]

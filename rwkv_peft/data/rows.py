@@ -49,7 +49,9 @@ def _nearest(row: Mapping, known: Mapping[str, list], fields: Mapping[str, str])
             close = [str(key)] if row.get(key) is not None else get_close_matches(str(key).lower(), has, 1, .75) or get_close_matches(ALIASES.get(part, ""), has, 1, .75)
             if not close: break
             if has.get(close[0], part) != part: guess[part] = has[close[0]]
-        else: return f"; did you mean fields={guess}?" if guess != dict(fields) else ""
+        else:
+            run = f" (in a run sft_field = [{guess.get('prompt', 'prompt')!r}, {guess.get('completion', 'completion')!r}])" if shape == "pair" else ""
+            return f"; did you mean fields={guess}{run}?" if guess != dict(fields) else ""
     return ""
 
 # %% ../../nbs/data/10_rows.ipynb #9b37d271
@@ -202,6 +204,7 @@ def check_row(value: Any, number: int, where: str, fields: Mapping[str, str] | N
     "`value` (a dict or a string) as a checked `Row`; `where` names its place in the sentence of a DataError."
     fields = fields or {}
     if isinstance(value, str): value = {fields.get("text", "text"): value}
+    if isinstance(value, DataError): raise value      # of a line that could not be read
     if not isinstance(value, Mapping): raise DataError(f"{where} is {type(value).__name__}; {ACCEPTED}")
     shape = shape_of(value, fields, where)
     keys = [_key(value, k, fields) for k in (*KEYS[shape], *OPTIONAL.get(shape, ()))]

@@ -10,6 +10,7 @@ __all__ = ['BLOCKS', 'FORMATS', 'parse_split', 'bounds_of', 'parse_block', 'snif
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Iterator, Mapping
@@ -105,14 +106,20 @@ def _pieces(blob: bytes, format: str) -> list[tuple[int, bytes]]:
     return [(i, b"\n".join(part)) for i, part in found]
 
 # %% ../../nbs/data/15_sources.ipynb #e5174e8b
-def parse_block(first: int, blob: bytes, place: str, format: str = "jsonl") -> Iterator[tuple[int, Any]]:
-    """(line number, value) of every document in `blob`, whole lines of a file of which the first is number `first`; a `DataError` names the line that can't be read.
+def _line(raw: bytes, number: int, place: str, format: str) -> Any:
+    text = _decoded(raw, place.removesuffix(" line"), number, nul=format == "jsonl")
+    return _parsed(text, f"{place} {number}") if format == "jsonl" else text.replace("\r\n", "\n").removesuffix("\r")
+
+def parse_block(first: int, blob: bytes, place: str, format: str = "jsonl", lenient: bool = False) -> Iterator[tuple[int, Any]]:
+    """(line number, value) of every document in `blob`, whole lines of a file of which the first is number `first`; a `DataError` names the line that can't be read, or if `lenient` stands in its place.
     `place` is a `Source`'s ("FILE line"), `format` jsonl, lines, paragraphs or txt; a line of text ends without its line end, and \\r\\n inside a text becomes \\n, as Python reads text files."""
-    path = place.removesuffix(" line")
     for offset, raw in _pieces(blob, format):
         number = first + offset
-        text = _decoded(raw, path, number, nul=format == "jsonl")
-        yield number, _parsed(text, f"{place} {number}") if format == "jsonl" else text.replace("\r\n", "\n").removesuffix("\r")
+        try: value = _line(raw, number, place, format)
+        except DataError as e:
+            if not lenient: raise
+            value = e
+        yield number, value
 
 # %% ../../nbs/data/15_sources.ipynb #85fe81f4
 BLOCKS = ("jsonl", "lines", "paragraphs", "txt")      # formats that are cut into blocks
@@ -149,7 +156,7 @@ def _csv_lines(path: Path) -> Iterator[str]:
     with _reading(path) as file:
         for number, raw in enumerate(file, 1): yield _decoded(raw.removeprefix(_BOM) if number == 1 else raw, path, number, nul=False)
 
-def _csv_pairs(path: Path, place: str, delimiter: str | None = None) -> Iterator[tuple[int, dict]]:
+def _csv_pairs(path: Path, place: str, delimiter: str | None = None, lenient: bool = False) -> Iterator[tuple[int, dict]]:
     "Records of a table in text; without a delimiter given, it's the one of , ; and tab that the first line has most of."
     csv.field_size_limit(2 ** 31 - 1)      # Python's own limit is 128 KB a cell
     lines, head = _csv_lines(path), [""]
@@ -163,7 +170,10 @@ def _csv_pairs(path: Path, place: str, delimiter: str | None = None) -> Iterator
                 columns = [c.strip() for c in cells]
                 twice = [c for c in columns if columns.count(c) > 1]
                 if twice: raise DataError(f"{place} 1 names the column {twice[0]!r} twice; rename one")
-            elif cells and len(cells) != len(columns): raise DataError(f"{place} {number} has {len(cells)} cells for {len(columns)} columns ({', '.join(columns)[:60]}); is a quote or a comma missing?")
+            elif cells and len(cells) != len(columns):
+                odd = DataError(f"{place} {number} has {len(cells)} cells for {len(columns)} columns ({', '.join(columns)[:60]}); is a quote or a comma missing?")
+                if not lenient: raise odd
+                yield number, odd
             elif cells: yield number, {c: _cell(c, text) for c, text in zip(columns, cells)}
     except csv.Error as e: raise DataError(f"{place} {start} can't be read as csv ({e}); is a quote missing?") from None
 
@@ -225,9 +235,10 @@ class Source:
     fields: Mapping[str, str] = field(default_factory=dict)
     note: str = ""                               # where the file isn't what its name says
     spent: bool = field(default=False, repr=False)
+    lenient: bool = field(default=False, repr=False)     # a line that can't be read comes as its DataError
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
-        if self.format in BLOCKS: return (pair for first, blob in self.blocks() for pair in parse_block(first, blob, self.place, self.format))
+        if self.format in BLOCKS: return (pair for first, blob in self.blocks() for pair in parse_block(first, blob, self.place, self.format, self.lenient))
         start, stop = self.bounds()
         if self.format == "datasets" and hasattr(self.data, "select"):
             kept = range(*slice(start, stop).indices(len(self.data)))
@@ -251,6 +262,11 @@ class Source:
         if not hasattr(self.data, "__len__"): raise DataError(f"split={self.split!r} needs the number of rows, which {self.name} doesn't know; give bounds in rows from the start, as in 'train[:1000]'")
         return len(self.data)
 
+    def total(self) -> int | None:
+        "Bytes that `blocks` reads, or rows, in all; None where nobody knows without reading."
+        if self.format in BLOCKS: return None if self.split or self.path.suffix in _PACKED.values() else self.path.stat().st_size
+        return len(self.data) if hasattr(self.data, "__len__") and not self.split else None
+
     def blocks(self, size: int = 1 << 20) -> Iterator[tuple[int, bytes]]:
         "(number of its first line, bytes of whole lines) for `parse_block`, the slice applied; only for formats in `BLOCKS`. Memory: one block, or the longest line."
         blocks, kept = _blocks(self.path, size, self.format), self.bounds()
@@ -266,7 +282,7 @@ def _pairs(source: Source) -> Iterator[tuple[int, Any]]:
     "Every row of a source, before slicing."
     path, place, data = source.path, source.place, source.data
     if source.format == "binidx": raise DataError(f"{path} holds tokens, not rows; read it with read_data")
-    if path: return {"json": _json_pairs, "csv": _csv_pairs, "tsv": lambda *a: _csv_pairs(*a, "\t"), "parquet": _parquet_pairs}[source.format](path, place)
+    if path: return {"json": _json_pairs, "csv": partial(_csv_pairs, lenient=source.lenient), "tsv": partial(_csv_pairs, delimiter="\t", lenient=source.lenient), "parquet": _parquet_pairs}[source.format](path, place)
     if source.format == "pandas": return _table_pairs(data)
     return enumerate(data if hasattr(data, "__iter__") else (data[i] for i in range(len(data))), 1)
 
@@ -275,7 +291,7 @@ def _pair(path: Path) -> Path | None:
     "The .bin of a binidx that `path` names, or None; refused when half of it is missing."
     base = path.with_suffix("") if path.suffix in (".bin", ".idx") else path
     bin_, idx = Path(f"{base}.bin"), Path(f"{base}.idx")
-    if path.suffix not in (".bin", ".idx") and not (bin_.is_file() and idx.is_file()): return None
+    if path.suffix not in (".bin", ".idx") and bin_.is_file() + idx.is_file() < 1 + path.is_file(): return None
     for half, other in ((bin_, idx), (idx, bin_)):
         if half.is_file() and not other.is_file(): raise DataError(f"{other} is missing beside {half}; a binidx is both files")
     return bin_ if bin_.is_file() else None

@@ -4,15 +4,11 @@
 
 # %% auto #0
 __all__ = ['SPAN', 'ENTRY', 'Block', 'block_of', 'StoredWriter', 'StoredExample', 'Stored', 'take', 'cut_to', 'lengths_of',
-           'trained_of', 'rows_of', 'ids_of', 'blocks_of', 'Recipe', 'encode_pairs', 'can_travel', 'encode_task',
-           'worker_count', 'encode_tasks', 'told', 'content_key', 'cache_home', 'store']
+           'trained_of', 'rows_of', 'ids_of', 'blocks_of', 'Recipe', 'encode_pairs', 'encode_task', 'told',
+           'content_key', 'cache_home', 'store']
 
 # %% ../../nbs/data/34_stored.ipynb #d18efa6b
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from hashlib import sha256
@@ -20,15 +16,10 @@ from importlib import metadata
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
-import gc
 import json
-import multiprocessing
 import operator
 import os
-import pickle
 import shutil
-import signal
-import sys
 import uuid
 import numpy as np
 import torch
@@ -58,18 +49,19 @@ ENTRY = np.dtype([("row", "<i8"), ("spans", "<i8"), ("trained", "<i8"), ("first"
 
 @dataclass
 class Block:
-    "Encoded rows that lie one after another. tokens (all), sizes int32 (rows), spans `SPAN`, entries `ENTRY` (rows); `ignored` are the keys that nobody reads."
+    "Encoded rows that lie one after another. tokens (all), sizes int32 (rows), spans `SPAN`, entries `ENTRY` (rows); `ignored` are the keys that nobody reads, `bad` the rows that were left out, [(number, why)]."
     tokens: np.ndarray
     sizes: np.ndarray
     spans: np.ndarray
     entries: np.ndarray
     ignored: set = field(default_factory=set)
+    bad: list = field(default_factory=list)
 
 # %% ../../nbs/data/34_stored.ipynb #0d062fdf
 def _joined(parts: list[np.ndarray], dtype: Any) -> np.ndarray:
     return np.concatenate(parts).astype(dtype, copy=False) if parts else np.zeros(0, dtype)
 
-def block_of(examples: Sequence[Example], tokenizer: Any = None, ignored: Iterable = ()) -> Block:
+def block_of(examples: Sequence[Example], tokenizer: Any = None, ignored: Iterable = (), bad: Iterable = ()) -> Block:
     "The examples as a `Block`; `tokenizer` finds where segments of equal weight end. Spans are found in all rows at once."
     tokens, weights = _joined([e.tokens.numpy() for e in examples], np.int32), _joined([e.weights.numpy() for e in examples], np.float32)
     sizes, entries = np.array([len(e.tokens) for e in examples], np.int32), np.zeros(len(examples), ENTRY)
@@ -84,7 +76,7 @@ def block_of(examples: Sequence[Example], tokenizer: Any = None, ignored: Iterab
     spans = np.empty(len(at), SPAN)
     spans["tokens"], spans["weight"] = np.diff(at, append=len(tokens)), weights[at]
     entries["spans"] = np.searchsorted(at, ends)
-    return Block(tokens, sizes, spans, entries, set(ignored))
+    return Block(tokens, sizes, spans, entries, set(ignored), list(bad))
 
 # %% ../../nbs/data/34_stored.ipynb #7751a2e4
 class StoredWriter:
@@ -252,71 +244,29 @@ class Recipe:
     eos: bool = True
     mask_id: Any = None
     format: str = "jsonl"      # of blocks of lines
+    bad: str = "refuse"        # rows that can't be used: "refuse" or "drop"
 
 # %% ../../nbs/data/34_stored.ipynb #8f192bc2
-def encode_pairs(pairs: Iterable[tuple[int, Any]], recipe: Recipe) -> tuple[list[Example], set]:
-    "(examples, keys that nobody reads) of (number, value) pairs. A DataError names the first row that can't be used."
-    examples, ignored = [], set()
+def encode_pairs(pairs: Iterable[tuple[int, Any]], recipe: Recipe) -> tuple[list[Example], set, list]:
+    "(examples, keys that nobody reads, [(number, why)] of the rows left out) of (number, value) pairs. A DataError names the first row that can't be used, unless the recipe says to drop it."
+    examples, ignored, bad = [], set(), []
     for number, value in pairs:
-        row = check_row(value, number, f"{recipe.place} {number}", recipe.fields)
-        same_shape(row, Row(recipe.first, recipe.shape, None), recipe.place)
-        ignored.update(map(str, row.ignored))
-        examples.append(encode_row(row, recipe.template, recipe.loss_mask, recipe.tokenizer, f"{recipe.place} {number}", recipe.mask_id, recipe.bos, recipe.eos))
-    return examples, ignored
-
-# %% ../../nbs/data/34_stored.ipynb #2ee996de
-def can_travel(recipe: Recipe) -> bool:
-    "Whether another process can be given the recipe: nothing in it was defined in the main script or the notebook."
-    try: sent = pickle.dumps(recipe)
-    except (pickle.PicklingError, AttributeError, TypeError): return False
-    return b"__main__" not in sent
+        where = f"{recipe.place} {number}"
+        try:
+            row = same_shape(check_row(value, number, where, recipe.fields), Row(recipe.first, recipe.shape, None), recipe.place)
+            examples.append(encode_row(row, recipe.template, recipe.loss_mask, recipe.tokenizer, where, recipe.mask_id, recipe.bos, recipe.eos))
+            ignored.update(map(str, row.ignored))
+        except DataError as e:
+            if recipe.bad == "refuse": raise
+            bad.append((number, str(e)))
+    return examples, ignored, bad
 
 # %% ../../nbs/data/34_stored.ipynb #3fc5ed26
 def encode_task(task: tuple[int, Any], recipe: Recipe) -> Block:
     "The `Block` of a task: (number of the first line, whole lines as bytes), or (any number, a list of (number, value))."
     first, load = task
-    examples, ignored = encode_pairs(parse_block(first, load, recipe.place, recipe.format) if isinstance(load, bytes) else load, recipe)
-    return block_of(examples, recipe.tokenizer, ignored)
-
-# %% ../../nbs/data/34_stored.ipynb #51c138d7
-def worker_count(workers: int | None = None) -> int:
-    "How many processes encode: as told, or one a core and at most eight."
-    if workers is None: return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1: raise DataError(f"workers={workers!r} must be a whole number of processes, at least 1")
-    return workers
-
-# %% ../../nbs/data/34_stored.ipynb #c53aa6d7
-_RECIPE = None      # a worker's own
-
-def _begin(recipe: Recipe) -> None:
-    global _RECIPE
-    _RECIPE = recipe
-    signal.signal(signal.SIGINT, signal.SIG_IGN)      # Ctrl-C is the parent's
-    torch.set_num_threads(1)
-    gc.freeze()      # what is there now needn't be looked at again
-
-def _ready() -> None: pass
-def _work(task: tuple[int, Any]) -> Block: return encode_task(task, _RECIPE)
-
-@contextmanager
-def _no_main() -> Iterator[None]:
-    main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
-    try: yield
-    finally: sys.modules["__main__"] = main
-
-def encode_tasks(tasks: Iterable[tuple[int, Any]], recipe: Recipe, workers: int = 1) -> Iterator[Block]:
-    "The `Block` of each task, in order, encoded by `workers` processes (1: this one). A DataError of a worker is raised here."
-    if workers == 1: yield from (encode_task(task, recipe) for task in tasks); return
-    pool, waiting = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin, (recipe,)), deque()
-    try:
-        with _no_main():
-            for _ in range(workers): pool.submit(_ready)      # starts them all
-        for task in tasks:
-            waiting.append(pool.submit(_work, task))
-            if len(waiting) > 2 * workers: yield waiting.popleft().result()
-        while waiting: yield waiting.popleft().result()
-    except BrokenProcessPool: raise DataError(f"one of {workers} worker processes ended before its work was done, perhaps for want of memory; say workers=1 to encode in this process") from None
-    finally: pool.shutdown(cancel_futures=True)
+    examples, ignored, bad = encode_pairs(parse_block(first, load, recipe.place, recipe.format, recipe.bad == "drop") if isinstance(load, bytes) else load, recipe)
+    return block_of(examples, recipe.tokenizer, ignored, bad)
 
 # %% ../../nbs/data/34_stored.ipynb #de255ff4
 def _names(code: CodeType) -> set[str]:
@@ -344,7 +294,7 @@ def told(value: Any, seen: tuple = ()) -> str:
 # %% ../../nbs/data/34_stored.ipynb #02d5e70f
 def content_key(path: str | Path, recipe: Recipe, **more: Any) -> str:
     "32 hex digits of the file's bytes and of everything else that the encoded rows depend on."
-    settings = {name: getattr(recipe, name) for name in ("tokenizer", "template", "loss_mask", "shape", "fields", "bos", "eos", "mask_id", "format")}
+    settings = {name: getattr(recipe, name) for name in ("tokenizer", "template", "loss_mask", "shape", "fields", "bos", "eos", "mask_id", "format", "bad")}
     digest = sha256(told([settings, more, metadata.version("rwkv_peft"), "layout 1"]).encode())
     for each in (path, Path(path).with_suffix(".idx")) if recipe.format == "binidx" else (path,):
         with open(each, "rb") as file:
@@ -358,15 +308,17 @@ def cache_home() -> Path:
 
 # %% ../../nbs/data/34_stored.ipynb #aae39b1b
 def store(folder: str | Path, blocks: Iterable[Block], vocab_size: int | None = None) -> Path:
-    "Write the blocks into `folder`, which is there whole or not at all, with a note of their rows and unread keys in kept.json. Returns the folder; one that is there already is left alone."
+    "Write the blocks into `folder`, which is there whole or not at all, with a note of their rows, unread keys and rows left out in kept.json. Returns the folder; one that is there already is left alone."
     folder = Path(folder)
     draft, rows, ignored = folder.with_name(f".{folder.name}.{os.getpid()}.part"), 0, set()
+    bad = []
     try:
         with StoredWriter(draft, vocab_size) as writer:
             for block in blocks:
                 writer.extend(block)
                 rows, ignored = rows + len(block.sizes), ignored | block.ignored
-        (draft / "kept.json").write_text(json.dumps({"rows": rows, "ignored": sorted(ignored)}, ensure_ascii=False), encoding="utf-8")
+                bad += block.bad
+        (draft / "kept.json").write_text(json.dumps({"rows": rows, "ignored": sorted(ignored), "bad": bad}, ensure_ascii=False), encoding="utf-8")
         if not folder.exists(): os.replace(draft, folder)
     finally: shutil.rmtree(draft, ignore_errors=True)
     return folder

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOOKED_AT', 'percentile', 'padding_efficiency', 'histogram', 'Report', 'pieces_of', 'show_example', 'visible',
            'show_text', 'split_digests', 'split_rows', 'normal', 'shingles', 'minhash', 'repeats', 'Problems',
-           'sample_of', 'some', 'report_of', 'text_problems', 'mask_problems', 'check_dataset']
+           'sample_of', 'some', 'left_out', 'report_of', 'text_problems', 'mask_problems', 'check_dataset']
 
 # %% ../../nbs/data/33_views.ipynb #5805720d
 from collections.abc import Sequence
@@ -188,15 +188,23 @@ def some(rows: Sequence[int], most: int = 5) -> str:
     "The first few numbers, and how many more there are."
     return ", ".join(map(str, rows[:most])) + (f" and {len(rows) - most:,} more" if len(rows) > most else "")
 
-# %% ../../nbs/data/33_views.ipynb #048cd816
+# %% ../../nbs/data/33_views.ipynb #47d9cfac
 _DONE = (("cut", "longer than ctx_len were cut"), ("dropped", "longer than ctx_len were dropped"), ("untrained", "with nothing to train were dropped"), ("repeated", "that repeat another were left out"))
 
+def left_out(facts: dict) -> list[str]:
+    "A sentence for each kind of rows that reading cut or left out, with the first few of them; `facts` are a `Dataset`'s."
+    said = [f"{len(facts[what]):,} rows {did}: {some(facts[what])}" for what, did in _DONE if facts.get(what)]
+    bad = [number for number, _ in facts.get("bad", ())]
+    return said + ([f"{len(bad):,} rows that can't be used were left out: {some(bad)}; .check() says why"] if bad else [])
+
+# %% ../../nbs/data/33_views.ipynb #048cd816
 def report_of(data: Any, micro_bsz: int = 8, rows_per_step: int = 16) -> Report:
     "The figures of `Dataset.report`; `micro_bsz` is the batch for which padding is counted, `rows_per_step` the rows of an optimiser step."
     n, facts, looked = np.asarray(data.lengths, np.int64), data.facts, sample_of(len(data))
-    tokens, trained, doubles = int(n.sum()), data.trained, len(data) - len(set(data.contents()))
+    tokens, trained, doubles = int(n.sum()), data.trained, len(data) - len(np.unique(np.fromiter((int.from_bytes(key[:8], "little") for key in data.keys()), np.uint64, len(data))))
     notes = [f"{doubles:,} of {len(data):,} rows are duplicates of another"] if doubles else []
-    notes += [f"{len(facts[what]):,} rows {did}: {some(facts[what])}" for what, did in _DONE if facts.get(what)]
+    notes += left_out(facts)
+    bad = [said for _, said in facts.get("bad", ())]
     if facts.get("ignored"): notes.append("keys that nobody reads: " + ", ".join(facts["ignored"]))
     texts = [(text_problems(data, i), data.text(i)) for i in looked.tolist()] if data.tokenizer is not None else []
     odd, broken = sum(bool(p) for p, _ in texts), sum("\ufffd" in t for _, t in texts)
@@ -204,7 +212,7 @@ def report_of(data: Any, micro_bsz: int = 8, rows_per_step: int = 16) -> Report:
     if len(looked) < len(data): notes.append(f"text was looked at in {len(looked):,} of {len(data):,} rows")
     return Report(rows=len(data), tokens=tokens, trained_tokens=trained, trained_share=trained / max(1, tokens),
                   length_p50=percentile(n, .5), length_p95=percentile(n, .95), length_max=int(n.max(initial=0)), lengths=histogram(n),
-                  empty=int((n <= bool(facts.get("eos"))).sum()), duplicates=doubles, bad_characters=broken, padding_efficiency=padding_efficiency(n, micro_bsz), micro_bsz=micro_bsz,
+                  empty=int((n <= bool(facts.get("eos"))).sum()), duplicates=doubles, bad_rows=len(bad), odd_roles=sum(" has role " in said for said in bad), invalid_utf8=sum(" isn't UTF-8 " in said for said in bad), bad_characters=broken, padding_efficiency=padding_efficiency(n, micro_bsz), micro_bsz=micro_bsz,
                   steps_per_epoch=-(-len(data) // rows_per_step), rows_per_step=rows_per_step, ctx_len=facts.get("ctx_len"), template=facts.get("template"), loss_mask=facts.get("loss_mask"),
                   tokenizer=getattr(data.tokenizer, "name", None), source=facts.get("source"), notes=notes)
 
@@ -249,6 +257,7 @@ def check_dataset(data: Any, held_out: Any = None, most: int = LOOKED_AT) -> Pro
         found += [(e.row, {"row": data.where(i), "problem": p}) for p in said]
     place = data.facts.get("place", "row")
     for what, did in _FATES: found += [(row, {"row": f"{place} {row}", "problem": did}) for row in data.facts.get(what, [])]
+    for row, said in data.facts.get("bad", ()): found.append((row, {"row": f"{place} {row}", "problem": f"{said.removeprefix(f'{place} {row}').lstrip(' ,:')} (left out)"}))
     problems = Problems(_endless(data, ends) + [p for _, p in sorted(found, key=lambda f: f[0])])
     if len(looked) < len(data): problems.notes = (f"text was looked at in {len(looked):,} of {len(data):,} rows; everything else in all",) if looked else ("no tokenizer, so text wasn't looked at",)
     return problems

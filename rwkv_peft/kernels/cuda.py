@@ -214,7 +214,7 @@ def _prepare(sequences: list[Tensor], others: list[Tensor | None], resets: Tenso
     "Check, then give what the kernels take: sequences of one dtype but for w (the second) in float32, `others` in float32, all contiguous."
     r = sequences[0]
     given = [x for x in (*sequences, *others, resets) if x is not None]
-    if any(x.device.type != device for x in given): raise ValueError(f"backend='cuda' needs tensors on an NVIDIA GPU and got one on {next(x.device for x in given if x.device.type != device)}: move it there, or use backend='chunk'")
+    if any(x.device.type not in (device, "meta") for x in given): raise ValueError(f"backend='cuda' needs tensors on an NVIDIA GPU and got one on {next(x.device for x in given if x.device.type != device)}: move it there, or use backend='chunk'")
     if any(x.device != r.device for x in given): raise ValueError(f"backend='cuda' got tensors on {r.device} and on {next(x.device for x in given if x.device != r.device)}: move them to one GPU")
     bad = next((x.dtype for x in (*sequences, *others) if x is not None and x.dtype not in TYPES), None)
     if bad: raise ValueError(f"backend='cuda' computes in float32 and was given {bad}: use backend='chunk' or 'loop', or convert the tensors")

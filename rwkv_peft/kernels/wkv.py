@@ -46,8 +46,9 @@ def choose(backend: str, *tensors: Tensor | None) -> str:
         if r.shape[1] == 1: return "loop"
         return "fla" if r.is_cuda and r.dtype in (torch.float16, torch.bfloat16) and known["fla"][0] else "chunk"
     if backend not in known: raise ValueError(f"there is no backend {backend!r}: choose auto, {', '.join(known)}")
+    if r.is_meta and backend in ("cpu", "cuda"): return backend      # shapes alone need no library
     if not known[backend][0]: raise ValueError(f"backend {backend!r} can't be used here: {known[backend][1]}")
-    if backend == "cpu" and not (on_cpu or r.is_meta) or backend in ("fla", "cuda") and not r.is_cuda: raise ValueError(f"backend {backend!r} was given tensors on {r.device}: use 'auto' or 'chunk' there")
+    if backend == "cpu" and not on_cpu or backend in ("fla", "cuda") and not r.is_cuda: raise ValueError(f"backend {backend!r} was given tensors on {r.device}: use 'auto' or 'chunk' there")
     return backend
 
 # %% ../../nbs/kernels/90_wkv.ipynb #126dc54a

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Progress', 'advance', 'progress_of', 'clock', 'numbers', 'headline', 'advice', 'card', 'plan_card', 'series',
-           'events_file', 'report', 'write_report']
+           'judgement', 'judgement_table', 'events_file', 'report', 'write_report']
 
 # %% ../../nbs/look/10_report.ipynb #7ea72236
 from dataclasses import dataclass, field, replace
@@ -30,7 +30,7 @@ class Progress:
     pace: float = 0.0               # seconds a step, a running mean
     memory: float = 0.0             # bytes, the most seen
     curve: tuple = ()               # (step, loss)
-    held_out: tuple = ()            # (step, loss)
+    evals: tuple = ()               # the `eval` events
     samples: tuple = ()             # the `sample` events
     notes: tuple = ()               # warnings
     saved: str = ""                 # the newest checkpoint
@@ -43,6 +43,8 @@ class Progress:
     def config(self) -> dict: return self.start.get("config") or {}
     @property
     def folder(self) -> str: return str(self.start.get("folder") or Path(self.config.get("output") or "runs", self.name))
+    @property
+    def held_out(self) -> tuple: return tuple((e["step"], float(e["loss"])) for e in self.evals)      # (step, loss)
     @property
     def steps(self) -> int: return int((self.start.get("plan") or {}).get("steps") or 0)
 
@@ -60,7 +62,7 @@ def _step(p: Progress, event: Mapping) -> Progress:
 def _back(p: Progress, step: int) -> Progress:
     before = lambda points: tuple(point for point in points if point[0] <= step)
     curve = before(p.curve)
-    return replace(p, status="training", message="", step=step, loss=curve[-1][1] if curve else None, curve=curve, held_out=before(p.held_out),
+    return replace(p, status="training", message="", step=step, loss=curve[-1][1] if curve else None, curve=curve, evals=tuple(e for e in p.evals if e["step"] <= step),
                    samples=tuple(s for s in p.samples if s.get("step", 0) <= step))
 
 # %% ../../nbs/look/10_report.ipynb #9adf7524
@@ -69,7 +71,7 @@ def advance(p: Progress, event: Mapping) -> Progress:
     match event.get("event"):
         case "start": return replace(p, start=dict(event), status="training", message="")
         case "step": return _step(p, event)
-        case "eval": return replace(p, held_out=(*p.held_out, (event["step"], float(event["loss"]))))
+        case "eval": return replace(p, evals=(*p.evals, dict(event)))
         case "sample": return replace(p, samples=(*p.samples, dict(event)))
         case "warning": return replace(p, notes=(*p.notes, str(event.get("message", ""))))
         case "saved": return replace(p, saved=str(event.get("path", "")))
@@ -190,6 +192,36 @@ def series(p: Progress) -> dict:
     "What `show.curve` draws: training and held-out loss over steps."
     return {name: tuple(zip(*points)) for name, points in [("training", p.curve), ("held out", p.held_out)] if points}
 
+# %% ../../nbs/look/10_report.ipynb #f3e900c7
+def judgement(p: Progress) -> dict[str, list]:
+    "What a report says of a run's success: name -> [before, after, change, low, high] of the first evaluation and the best one; None where it wasn't measured. Empty with fewer than two evaluations."
+    if len(p.evals) < 2: return {}
+    first, best = p.evals[0], _best(p)
+    change = best.get("change") or {}
+    def line(part, key, interval): return [a := _number(part(first), key), b := _number(part(best), key), None if None in (a, b) else b - a, *(map(float, interval[1:]) if interval and None not in interval else (None, None))]
+    return {"held-out loss, nats a token": line(dict, "loss", change.get("loss")), "held-out loss, bits a byte": line(dict, "bits_per_byte", change.get("bits_per_byte")),
+            "general text, nats a token": line(lambda e: e.get("general") or {}, "loss", None)}
+
+def _best(p: Progress) -> Mapping: return min(p.evals, key=lambda e: math.inf if math.isnan(float(e["loss"])) else float(e["loss"]))
+
+def _number(facts: Mapping, key: str) -> float | None: return None if facts.get(key) is None else float(facts[key])
+
+# %% ../../nbs/look/10_report.ipynb #13ff984a
+def judgement_table(p: Progress) -> Html:
+    "`judgement` as a table, and what to make of it in a sentence or two. Nothing with fewer than two evaluations."
+    rows = judgement(p)
+    if not rows: return Html("")
+    show, best = lambda x, sign="": "" if x is None else f"{x:{sign}.4f}", _best(p)
+    between = lambda low, high: "" if low is None else f"{low:+.4f} to {high:+.4f}"
+    body = [[name, show(a), show(b), show(d, "+"), between(low, high)] for name, (a, b, d, low, high) in rows.items() if a is not None and b is not None]
+    _, _, change, low, high = rows["held-out loss, nats a token"]
+    said = []
+    if low is not None: said.append(f"The interval is that of the change over {best['change']['documents']} documents, drawn 2,000 times with repetition" + ("; it holds 0, so that no change is shown." if low <= 0 <= high else "."))
+    if len(p.evals) > 2: said.append(f"Step {best['step']} is the best of {len(p.evals)} evaluations on these rows, so expect a little less on new ones.")
+    if best["step"] == p.evals[0]["step"]: said.append("Training did not lower the held-out loss.")
+    head = ["", f"before (step {p.evals[0]['step']})", f"after (step {best['step']})", "change", "95 % interval"]
+    return tag("div", tag("h2", "Did it get better?"), table(body, head=head), tag("p", " ".join(said)), class_=AS_TEXT)
+
 # %% ../../nbs/look/10_report.ipynb #ea32ed7c
 def events_file(folder: str | Path) -> Path:
     "The `events.jsonl` of a run's folder. FileNotFoundError if the folder is none of a run."
@@ -199,12 +231,13 @@ def events_file(folder: str | Path) -> Path:
 
 # %% ../../nbs/look/10_report.ipynb #87ada322
 def report(source: str | Path | Iterable[Mapping]) -> Html:
-    "A self-contained HTML page about a run, from its folder or its events: card, curve and every evaluation."
+    "A self-contained HTML page about a run, from its folder or its events: card, what it learnt and what it forgot, curve and every evaluation."
     events = read_events(events_file(source)) if isinstance(source, (str, Path)) else source
     p = progress_of(events)
     if p.status == "training": p = replace(p, status="stopped")
-    tests = table([[step, float(loss)] for step, loss in p.held_out], head=["step", "held-out loss"]) if p.held_out else ""
-    return page(p.name, tag("div", tag("h1", p.name), card(p), tag("h2", "Loss"), curve(series(p)), tests))
+    general = lambda e: _number(e.get("general") or {}, "loss")
+    tests = table([[e["step"], float(e["loss"]), "" if general(e) is None else general(e)] for e in p.evals], head=["step", "held-out loss", "general text"]) if p.evals else ""
+    return page(p.name, tag("div", tag("h1", p.name), card(p), judgement_table(p), tag("h2", "Loss"), curve(series(p)), tests))
 
 # %% ../../nbs/look/10_report.ipynb #f5e15431
 def write_report(folder: str | Path) -> Path:

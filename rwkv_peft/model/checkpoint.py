@@ -242,7 +242,7 @@ def save(model: RWKV, path: str | os.PathLike, dtype: torch.dtype | None = None,
 
 # %% ../../nbs/model/60_checkpoint.ipynb #cfed5845
 def fingerprint(model_or_tensors: RWKV | dict[str, Tensor]) -> str:
-    "SHA-256 (hex) of the base weights' names, shapes, and up to 16 rows of each as bfloat16; tuned states, adapters and unused tensors don't count."
+    "SHA-256 (hex) of the base weights' names, shapes, and up to 16 rows of each as bfloat16; tuned states, adapters and unused tensors don't count, nor values on the meta device."
     model = model_or_tensors if isinstance(model_or_tensors, nn.Module) else None
     if getattr(model, "unpacked", None): return model.unpacked      # packed weights are not the ones that it came with
     tensors, stored = (base_tensors(model), model.origin) if model else (model_or_tensors, {})
@@ -251,6 +251,7 @@ def fingerprint(model_or_tensors: RWKV | dict[str, Tensor]) -> str:
         if name in _UNUSED or name.endswith(".time_state"): continue
         rows = tensors[name].detach().squeeze()
         digest.update(f"{name}{list(rows.shape)}".encode())
+        if rows.is_meta: continue
         rows = rows.reshape(-1, rows.shape[-1] if rows.dim() else 1)
         picked = rows[torch.linspace(0, len(rows) - 1, min(16, len(rows)), dtype=torch.float64).round().long().to(rows.device)]
         picked = picked.to("cpu", stored.get(name, picked).dtype).bfloat16()

@@ -117,13 +117,13 @@ class RWKV(nn.Module):
         return run_blocks(self, embed(self, tokens), state, resets)
 
     def forward(self, tokens: Tensor, state: State | None = None, *, resets: Tensor | None = None,
-                targets: Tensor | None = None, weights: Tensor | None = None, l2wrap: float = 0.0, z_loss: float = 0.0) -> tuple[Tensor, State]:
+                targets: Tensor | None = None, weights: Tensor | None = None, l2wrap: float = 0.0, z_loss: float = 0.0, by_row: bool = False) -> tuple[Tensor, State]:
         """tokens (B, T) int64, T >= 1 -> (logits (B, T, V), state), or with targets (B, T) int64 and weights (B, T) -> (sum of weights * cross entropy, state).
 
         state: what an earlier piece returned; None starts documents. resets (B, T) bool: True at a document's first token. weights None: all 1.
-        l2wrap, z_loss: strength of a penalty on large logits, for training (see `kernels.cross_entropy.penalised`); not both."""
+        l2wrap, z_loss: strength of a penalty on large logits, for training (see `kernels.cross_entropy.penalised`); not both. by_row: a sum for each row, (B,), in place of one for all."""
         x, state = self.hidden(tokens, state, resets)
-        return (self.head(x) if targets is None else head_loss(self.head, x, targets, weights, l2wrap, z_loss)), state
+        return (self.head(x) if targets is None else head_loss(self.head, x, targets, weights, l2wrap, z_loss, by_row)), state
 
     def generate(self, prompt: str | list[int], **settings) -> Iterator[str]:
         "Text as it comes: see `model.sample.generate` for the settings."
@@ -147,14 +147,15 @@ def run_blocks(model: RWKV, x: Tensor, state: State | None, resets: Tensor | Non
         before = (blank, None, blank) if state is None else (state.att_shift[i], state.wkv[i], state.ffn_shift[i])
         args = (x, v_first, *before, resets, model.backend)
         x, v_first, *after = checkpoint(block, *args, use_reentrant=False) if remember else block(*args)
-        kept.append(after)
+        kept.append([part.clone() for part in after] if remember else after)      # a shift is a view, which would keep its whole sequence
     return model.ln_out(x), State(*(torch.stack(parts) for parts in zip(*kept)))
 
 # %% ../../nbs/model/50_rwkv.ipynb #d1b5f2a8
-def head_loss(head: nn.Module, x: Tensor, targets: Tensor, weights: Tensor | None, l2wrap: float = 0.0, z_loss: float = 0.0) -> Tensor:
-    "Sum over all positions of weights * cross entropy of head(x): x (B, T, C), targets and weights (B, T). Logits exist for one chunk at a time only. l2wrap, z_loss: see `kernels.cross_entropy.penalised`."
+def head_loss(head: nn.Module, x: Tensor, targets: Tensor, weights: Tensor | None, l2wrap: float = 0.0, z_loss: float = 0.0, by_row: bool = False) -> Tensor:
+    "Sum over all positions of weights * cross entropy of head(x): x (B, T, C), targets and weights (B, T). Logits exist for one chunk at a time only. l2wrap, z_loss: see `kernels.cross_entropy.penalised`. by_row: the sum of each row, (B,)."
     if targets.shape != x.shape[:2]: raise ValueError(f"targets have the shape {tuple(targets.shape)} and tokens {tuple(x.shape[:2])}: they must agree")
     weights = torch.ones_like(targets, dtype=torch.float32) if weights is None else weights
+    if by_row: return torch.stack([head_loss(head, *row, l2wrap, z_loss) for row in zip(x.split(1), targets.split(1), weights.split(1))])
     rows, targets, weights = x.flatten(0, 1), targets.flatten(), weights.flatten()
     if type(head) is Linear and head.adapter is None and head.bias is None: return linear_cross_entropy(rows, head.weight if head.storage is None else head.storage, targets, weights, l2wrap=l2wrap, z_loss=z_loss)
     return head_cross_entropy(rows, head, targets, weights, l2wrap=l2wrap, z_loss=z_loss)

@@ -19,19 +19,19 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 # %% auto #0
 __all__ = ['METHODS', 'METHOD_WORDS', 'SHORTHAND', 'TAKES', 'PAIRED', 'ConfigError', 'setting', 'Sources', 'Rows', 'Method',
            'Schedule', 'Optimiser', 'Hardware', 'Keeping', 'words', 'expected', 'nearest', 'sentences', 'is_foreign',
-           'foreign_table', 'recorded', 'is_text_or_method', 'check_method', 'Config', 'check_later', 'check_sources',
-           'check_places', 'spoken', 'check_beside', 'check_storage', 'check_optimiser', 'check_strategy',
-           'check_pieces', 'check_combinations', 'check_rows', 'state_only', 'to_toml', 'read_toml', 'from_toml',
-           'settings_table']
+           'foreign_table', 'recorded', 'is_text_or_method', 'check_method', 'Config', 'check_sources', 'check_places',
+           'check_devices', 'spoken', 'check_beside', 'check_storage', 'check_optimiser', 'check_strategy',
+           'check_pieces', 'check_tracker', 'check_combinations', 'check_rows', 'state_only', 'to_toml', 'read_toml',
+           'from_toml', 'settings_table']
 
 # %% ../../nbs/train/10_config.ipynb #9a6e94cd
 class ConfigError(ValueError):
     "A setting that can't be used: one sentence with the name, what is wrong, and what to write instead."
 
 # %% ../../nbs/train/10_config.ipynb #5395af36
-def setting(default, description: str, later: tuple = (), **limits):
-    "A pydantic field: `description` feeds help and tables, `later` lists values that are known but not in this version yet, `limits` are pydantic's (`gt`, `ge`, `le`)."
-    return Field(default, description=description, json_schema_extra={"later": list(later)}, **limits)
+def setting(default, description: str, **limits):
+    "A pydantic field: `description` feeds help and tables, `limits` are pydantic's (`gt`, `ge`, `le`)."
+    return Field(default, description=description, **limits)
 
 # %% ../../nbs/train/10_config.ipynb #4756711f
 class Sources(BaseModel):
@@ -39,6 +39,7 @@ class Sources(BaseModel):
     model: Any = setting(None, "base model: a bundled name such as \"rwkv7-tiny\", a checkpoint file, or a loaded RWKV")
     data: Any = setting(None, "training rows: a file (jsonl, json, csv, parquet, txt), a pair of binidx files by their common name, hf://datasets/owner/name, a list of rows, a table, or a Dataset")
     eval_data: Any = setting(None, "held-out rows, in the forms of data; unset: a part of data (eval_split)")
+    forget_data: Any = setting(None, "general text on which forgetting is measured, in the forms of data; unset: 13 pieces of English prose that are bundled; \"none\": not measured")
     adapter: str | None = setting(None, "folder of an adapter to start from")
     state: str | None = setting(None, "file of a tuned state to start from, with peft = \"state\"")
 
@@ -58,6 +59,7 @@ class Rows(BaseModel):
     ctx_len: int | None = setting(None, "longest row in tokens; unset: as long as the rows are", gt=1)
     long: Literal["refuse", "cut", "drop"] = setting("refuse", "what happens to rows longer than ctx_len; only, pad and get cut them anyway")
     untrained: Literal["refuse", "drop"] = setting("refuse", "what happens to rows in which no token is learnt")
+    bad: Literal["refuse", "drop"] = setting("refuse", "what happens to rows that can't be read or used, such as half a line of JSON; those that are dropped are listed")
     chunk_ctx: int | None = setting(None, "tokens of a row in memory at a time (infctx); unset: whole rows", gt=0)
 
 # %% ../../nbs/train/10_config.ipynb #93c3abf0
@@ -110,7 +112,10 @@ class Hardware(BaseModel):
     backend: Literal["auto", "loop", "chunk", "cpu", "fla", "cuda"] = setting("auto", "implementation of the recurrence")
     strategy: Literal["auto", "ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_2_offload", "deepspeed_stage_3", "deepspeed_stage_3_offload"] = setting(
         "auto", "how several devices share the work; auto: ddp, or nothing for one; deepspeed: they divide moments (1), gradients too (2), weights too (3), offload: in RAM")
-    devices: int | Literal["auto"] = setting("auto", "number of devices that share the work, a process each; auto: as many as were started", gt=0)
+    devices: int | Literal["auto"] = setting("auto", "number of devices on this host, a process for each; auto: every GPU", gt=0)
+    nodes: int = setting(1, "number of hosts that train together, each with its devices", gt=0)
+    node_rank: int = setting(0, "with nodes: the number of this host; 0 is the one that writes", ge=0)
+    master: str | None = setting(None, "with nodes: where the hosts meet, an address of host 0 and a free port of it, such as \"10.0.0.1:29500\"")
 
 # %% ../../nbs/train/10_config.ipynb #686f0e57
 class Keeping(BaseModel):
@@ -124,7 +129,7 @@ class Keeping(BaseModel):
     save_steps: int | None = setting(None, "steps between checkpoints; unset: at each evaluation", gt=0)
     keep: int = setting(3, "newest checkpoints that stay, besides the best", gt=0)
     sample_prompts: list[str] = setting([], "texts that the model continues at each evaluation, word for word: a question to a chat model is \"User: ...\\n\\nAssistant:\"")
-    log_with: str | None = setting(None, "a logging service; nothing leaves the machine unless one is named", later=("any value",))
+    log_with: Literal["tensorboard", "wandb", "wandb:online", "trackio"] | None = setting(None, "a tracker that gets the run's numbers; only wandb:online sends anything from the machine")
 
 # %% ../../nbs/train/10_config.ipynb #3c5f9585
 def words(kind) -> list:
@@ -167,7 +172,7 @@ def _sentence(name: str, e: dict, known: dict) -> str:
     value, kind = e["input"] if len(e["loc"]) == 1 else e["input"], known[name].annotation
     if "_than" in e["type"] or e["type"] == "finite_number":
         return f"{name}: {e['msg'].replace('Input should', 'should')}, got {_short(value)}"
-    allowed = [w for w in words(kind) if w not in known[name].json_schema_extra["later"]]
+    allowed = words(kind)
     if allowed and isinstance(value, str) and not {bool, int} & set(get_args(kind)):
         return f"{name}: {value!r} is not known{nearest(value, allowed)}{' ' if nearest(value, allowed) else '; '}allowed: {', '.join(map(str, allowed))}"
     return f"{name}: expected {expected(kind)}, got {_short(value)}"
@@ -254,11 +259,11 @@ class Config(Keeping, Hardware, Optimiser, Schedule, Method, Rows, Sources):
     @model_validator(mode="after")
     def together(self):
         "Values that a type can't judge."
-        check_later(self)
         check_sources(self)
         check_combinations(self)
         check_rows(self)
         check_places(self)
+        check_devices(self)
         return self
 
     @property
@@ -279,15 +284,6 @@ class Config(Keeping, Hardware, Optimiser, Schedule, Method, Rows, Sources):
         "Reads a file that `to_toml` or a person wrote; `changes` win over it."
         return from_toml(cls, path, changes)
 
-# %% ../../nbs/train/10_config.ipynb #de1bbe35
-def check_later(config: Config):
-    "Refuses a value that is part of the vocabulary and not of this version."
-    for name, field in type(config).model_fields.items():
-        later, value = field.json_schema_extra["later"], getattr(config, name)
-        if not later or value == field.default: continue
-        if value in later or "any value" in later:
-            raise ValueError(f"{name} = {_short(value)} is not in this version yet; leave it at its default, {field.default!r}")
-
 # %% ../../nbs/train/10_config.ipynb #4b4350a6
 def check_sources(config: Config):
     "A run needs a model and rows, unless it goes on with an earlier one; files must be there."
@@ -300,12 +296,12 @@ def check_sources(config: Config):
     kind = type(config.model)
     if not (config.model is None or isinstance(config.model, str) or (hasattr(kind, "parameters") and hasattr(kind, "tokenizer"))):
         raise ValueError(f"model: expected {what['model']}, got {_short(config.model)}")
-    for name in ("data", "eval_data"):
+    for name in ("data", "eval_data", "forget_data"):
         value = getattr(config, name)
-        if value is None: continue
+        if value is None or name == "forget_data" and isinstance(value, str) and value == "none": continue
         if isinstance(value, str) and not value.startswith(("<", "hf://")) and not any(Path(value + end).is_file() for end in ("", ".bin", ".idx")):
             raise FileNotFoundError(f"{name}: {value!r} is a folder; give the jsonl file in it" if value and Path(value).is_dir() else f"{name}: there is no file {value!r}; check the path")
-        if isinstance(value, (bool, int, float, dict, bytes)): raise ValueError(f"{name}: expected {what['data']}, got {_short(value)}")
+        if isinstance(value, (bool, int, float, dict, bytes)) and not hasattr(value, "with_format"): raise ValueError(f"{name}: expected {what['data']}, got {_short(value)}")
         if not isinstance(value, str) and not hasattr(value, "__iter__") and not hasattr(value, "__getitem__"): raise ValueError(f"{name}: expected {what['data']}, got {_short(value)}")
     for name in ("adapter", "state"):
         if getattr(config, name) and not Path(getattr(config, name)).exists(): raise FileNotFoundError(f"{name}: there is no {getattr(config, name)!r}; check the path")
@@ -323,6 +319,18 @@ def check_places(config: Config):
     nearest_there = next(p for p in (place, *place.parents) if p.exists())
     if not nearest_there.is_dir(): raise ValueError(f"output: {str(nearest_there)!r} is a file, and a run needs a folder; choose another one")
     if not os.access(nearest_there, os.W_OK | os.X_OK): raise ValueError(f"output: nothing may be written into {str(nearest_there)!r}; choose another folder")
+
+# %% ../../nbs/train/10_config.ipynb #d8eec4b0
+def check_devices(config: Config):
+    "Several devices are there, and several hosts know where to meet."
+    if config.nodes > 1 and not re.fullmatch(r".+:\d+", config.master or ""): raise ValueError(f"master: {config.nodes} hosts need a place to meet, an address of host 0 and a free port of it, such as '10.0.0.1:29500'")
+    if config.node_rank >= config.nodes: raise ValueError(f"node_rank: {config.node_rank} of {config.nodes} {'host' if config.nodes == 1 else 'hosts'}; they are counted from 0, and nodes says how many there are")
+    if config.nodes == 1 and config.master: raise ValueError("master: is where several hosts meet; say nodes as well, or leave it out")
+    if config.devices == "auto" or config.devices == 1: return
+    import torch
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if ":" in device or device == "mps": raise ValueError(f"device: {device!r} is one device, and devices = {config.devices}; say {device.partition(':')[0] if ':' in device else 'cpu'!r}, or leave devices out")
+    if device == "cuda" and config.devices > torch.cuda.device_count(): raise ValueError(f"devices: there {'is' if torch.cuda.device_count() == 1 else 'are'} {torch.cuda.device_count()} on this host; say so, or leave devices out")
 
 # %% ../../nbs/train/10_config.ipynb #c8ccf46e
 SHORTHAND = ("r", "alpha", "dropout", "rslora", "ranks")                       # settings that stand for fields of a method
@@ -386,6 +394,12 @@ def check_pieces(config: Config):
     if config.train_type == "infctx" and config.chunk_ctx is None: raise ValueError("chunk_ctx: train_type = 'infctx' reads rows in pieces; say how many tokens a piece has, as in chunk_ctx = 512")
     if config.bptt == "truncated" and config.chunk_ctx is None: raise ValueError("bptt = 'truncated' cuts the gradient between the pieces of a row; say chunk_ctx as well, or leave it out")
 
+# %% ../../nbs/train/10_config.ipynb #d073e85f
+def check_tracker(config: Config):
+    "The tracker is installed."
+    word = (config.log_with or "").partition(":")[0]
+    if word and find_spec(word) is None: raise ValueError(f"log_with: {config.log_with!r} needs {word}, which is not installed; pip install {word}, or leave log_with out")
+
 # %% ../../nbs/train/10_config.ipynb #356c38e8
 def check_combinations(config: Config):
     "Settings that contradict each other."
@@ -398,6 +412,7 @@ def check_combinations(config: Config):
     check_optimiser(config)
     check_strategy(config)
     check_pieces(config)
+    check_tracker(config)
     if config.int8_matmul != "dequant" and config.quant != "int8": raise ValueError(f"int8_matmul = {config.int8_matmul!r} is the product of int8 matrices; say quant = 'int8' as well")
     if config.epochs is not None and config.max_steps is not None: raise ValueError("epochs and max_steps both say how long the run is; give one of them")
     shorthand = [n for n in SHORTHAND if n in config.model_fields_set and getattr(config, n) != type(config).model_fields[n].default]
@@ -451,12 +466,11 @@ def from_toml(cls: type[Config], path: str | Path, changes: dict) -> Config:
 
 # %% ../../nbs/train/10_config.ipynb #61f76eb5
 def settings_table(cls: type[Config] = Config) -> list[dict]:
-    "A row for each setting, in the order of the groups: `group name allowed default description later`, ready for help, completion and documentation."
+    "A row for each setting, in the order of the groups: `group name allowed default description`, ready for help, completion and documentation."
     groups, rows = [g for g in reversed(cls.__mro__) if issubclass(g, BaseModel) and g is not BaseModel and g is not cls], []
     for group in groups:
         for name in group.__annotations__:
             field = cls.model_fields[name]
-            later = field.json_schema_extra["later"]
-            allowed = [w for w in (words(field.annotation) or (METHOD_WORDS if name == "peft" else [])) if w not in later]
-            rows.append({"group": group.__doc__, "name": name, "allowed": allowed, "expects": expected(field.annotation), "default": field.default, "description": field.description, "later": later})
+            allowed = words(field.annotation) or [*(METHOD_WORDS if name == "peft" else ())]
+            rows.append({"group": group.__doc__, "name": name, "allowed": allowed, "expects": expected(field.annotation), "default": field.default, "description": field.description})
     return rows

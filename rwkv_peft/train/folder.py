@@ -160,7 +160,7 @@ class OwnRandomness:
         set_random_state(self.outside, self.device)
 
 # %% ../../nbs/train/30_folder.ipynb #a84f0604
-CHANGEABLE = ("epochs", "max_steps", "early_stop", "eval_steps", "sample_prompts", "save_steps", "keep", "log_with", "device", "devices", "strategy")
+CHANGEABLE = ("epochs", "max_steps", "early_stop", "eval_steps", "sample_prompts", "save_steps", "keep", "log_with", "device", "devices", "nodes", "node_rank", "master", "strategy")
 
 def save_config(folder: str | Path, config: Config, settled: dict):
     "Writes config.toml: the settings that were given, and those that were derived (`settled`), so that resuming derives nothing again."
@@ -191,6 +191,6 @@ def load_config(folder: str | Path, asked: dict) -> Config:
         if recorded(value) != before: raise ConfigError(f"{name}: this run was made with {before!r} and goes on only with that; leave it out, or start a new run for {recorded(value)!r}")
     if {"epochs", "max_steps"} & set(asked): table = {k: v for k, v in table.items() if k not in ("epochs", "max_steps")}
     objects = {k for k, v in table.items() if isinstance(v, str) and v.startswith("<")}
-    kept = {k: v for k, v in table.items() if k not in objects | {"data", "eval_data", "name", "output"}}
+    kept = {k: v for k, v in table.items() if k not in objects | {"data", "eval_data", "name", "output"} and (k != "forget_data" or v == "none")}
     new = {k: v for k, v in asked.items() if k in CHANGEABLE or (k == "model" and v is not None)}
     return Config(**{**kept, **new, "name": Path(folder).name, "output": str(Path(folder).parent), "resume": True})

@@ -16,12 +16,12 @@ from ..model.state import State
 from .config import ConfigError
 
 # %% ../../nbs/train/45_infctx.ipynb #a0b092a5
-def in_pieces(model: nn.Module, chunk_ctx: int, bptt: str, tokens: Tensor, state: State | None = None, *, resets: Tensor | None = None, targets: Tensor | None = None, weights: Tensor | None = None, **penalty: float) -> tuple[Tensor, State]:
-    """What `model(tokens, state, resets=, targets=, weights=, l2wrap=, z_loss=)` returns, with the activations of `chunk_ctx` tokens and one `State` a piece in memory. Without targets, or when no row is longer than a piece, the plain forward.
+def in_pieces(model: nn.Module, chunk_ctx: int, bptt: str, tokens: Tensor, state: State | None = None, *, resets: Tensor | None = None, targets: Tensor | None = None, weights: Tensor | None = None, **more) -> tuple[Tensor, State]:
+    """What `model(tokens, state, resets=, targets=, weights=, l2wrap=, z_loss=, by_row=)` returns, with the activations of `chunk_ctx` tokens and one `State` a piece in memory. Without targets, or when no row is longer than a piece, the plain forward.
 
     bptt: 'exact', the gradient of the whole row; 'truncated', that of each piece as if its start were given."""
     forward, n = type(model).forward, 1 if targets is None else pieces_of_all(model, -(-tokens.shape[1] // chunk_ctx))
-    if n == 1: return forward(model, tokens, state, resets=resets, targets=targets, weights=weights, **penalty)
+    if n == 1: return forward(model, tokens, state, resets=resets, targets=targets, weights=weights, **more)
     cut = lambda x: repeat(None) if x is None else x.split(chunk_ctx, 1)
     pieces = [*zip(cut(tokens), cut(resets), cut(targets), cut(weights))]
     own, blank, losses, carried = len(pieces), torch.zeros_like(tokens[:, :1]), [], state
@@ -29,14 +29,14 @@ def in_pieces(model: nn.Module, chunk_ctx: int, bptt: str, tokens: Tensor, state
     for i, (some, reset, y, w) in enumerate(pieces):
         again = torch.is_grad_enabled() and i < n - 1      # the last piece goes backward at once
         read = partial(checkpoint, forward, use_reentrant=False) if again else forward
-        loss, carried = read(model, some, carried, resets=reset, targets=y, weights=w, **penalty)
+        loss, carried = read(model, some, carried, resets=reset, targets=y, weights=w, **more)
         if bptt == "truncated": carried = carried.detach()
         if i < own: state = carried
         losses.append(loss)
         if again and tokens.device.type == "cpu":              # what stays of a piece is small, and lies between the holes of what went
             trim_heap()
             if loss.requires_grad: loss.register_hook(trim_heap)
-    return torch.stack(losses).sum(), state
+    return torch.stack(losses).sum(0), state
 
 # %% ../../nbs/train/45_infctx.ipynb #7f43c9d1
 def pieces_of_all(model: nn.Module, n: int) -> int:

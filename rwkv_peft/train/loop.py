@@ -8,8 +8,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from types import SimpleNamespace
 import asyncio
+import json
 import math
 import os
 import platform
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 from ..data.batches import Batch, Loader, collate, idle
 from ..data.masks import Example
 from ..data.records import Dataset, read_data
+from ..data.views import left_out
 from ..kernels.wkv import backends
 from ..model.quant import kind_of, quantize
 from ..model.checkpoint import config_of, fastest_dtype, fingerprint, load, read, save
@@ -35,20 +38,23 @@ from ..peft.lora import linears
 from ..peft.inits import EVA, StartedAdapter
 from ..peft.lisa import refit, refuse_with_zero
 from .config import Config, ConfigError, recorded
-from .evaluate import evaluate, trained_bytes
+from .evaluate import change_of, document_losses, evaluate, keep_losses, mean_loss, read_general, save_general, trained_bytes
 from .events import EventLog, event, read_events, timeline
 from .folder import OwnRandomness, checkpoints, folder_of, holds_run, load_checkpoint, load_config, load_rows, prune, save_changes, save_checkpoint, save_config, save_rows, sweep
 from .infctx import infctx
+from .launch import RankError, environment, follow, in_file, is_launched, launcher, processes_of
 from .loss import LossScale, on_device, over_ranks, penalty_of, trained_tokens
+from .plan import plan_memory
 from .strategy import accelerator_on, add_up, clip_and_norm, copies, from_all, from_first, moments_of, ranks, set_moments, share, take_back, whole, zero_of
-from .optim import default_lr, lorafa_groups, lr_at, make_optimizer, methods_of, moment_bytes, optimizer_groups, set_lr, update_of
+from .optim import default_lr, lorafa_groups, lr_at, make_optimizer, methods_of, optimizer_groups, set_lr, update_of
+from .trackers import tracked
 
 # %% auto #0
 __all__ = ['TrainingError', 'Feed', 'patient', 'read_rows_of', 'in_windows', 'load_base', 'settle', 'plain_words', 'gradient_of',
-           'take_step', 'turn', 'peak_memory', 'not_finite', 'examine', 'speak', 'keep', 'put_back', 'starts_of',
-           'go_on', 'release', 'finish', 'save_results', 'train', 'halt', 'prepare', 'left_by', 'take_off',
+           'take_step', 'turn', 'peak_memory', 'memory_told', 'not_finite', 'examine', 'speak', 'keep', 'put_back',
+           'starts_of', 'go_on', 'release', 'finish', 'save_results', 'train', 'halt', 'prepare', 'left_by', 'take_off',
            'check_same', 'make_trainable', 'look_at_rows', 'save_looked_at', 'begin', 'said_of_pages', 'find_rate',
-           'plan_of', 'report_of', 'Run', 'asked', 'events_of', 'last_words', 'finetune']
+           'memory_of', 'time_of', 'plan_of', 'report_of', 'Run', 'asked', 'events_of', 'last_words', 'finetune']
 
 # %% ../../nbs/train/70_loop.ipynb #d54764fe
 class TrainingError(RuntimeError):
@@ -105,7 +111,7 @@ def patient(asked):
 def read_rows_of(config: Config, tokenizer) -> tuple[Dataset, Dataset | None]:
     "(rows to train on, rows held out or None) that the settings name, encoded. The loaders that cut at ctx_len get whole rows to train on, and held-out rows in windows of ctx_len, so that none of their tokens goes uncounted."
     cuts = config.dataload in ("only", "pad", "get")
-    told = {"template": config.template, "loss_mask": config.loss_mask, "ctx_len": None if cuts and config.long == "refuse" else config.ctx_len, "long": config.long, "untrained": config.untrained}
+    told = {"template": config.template, "loss_mask": config.loss_mask, "ctx_len": None if cuts and config.long == "refuse" else config.ctx_len, "long": config.long, "untrained": config.untrained, "bad": config.bad}
     if config.sft_field: told["fields"] = dict(zip(("prompt", "completion"), config.sft_field))
     if config.mask_id: told["mask_id"] = config.mask_id
     part = {"split": config.sft_split} if "sft_split" in config.model_fields_set else {}
@@ -114,7 +120,7 @@ def read_rows_of(config: Config, tokenizer) -> tuple[Dataset, Dataset | None]:
         if getattr(source.tokenizer, "name", None) in (None, tokenizer.name): return source
         raise ConfigError(f"data: this Dataset was encoded for the tokenizer {source.tokenizer.name!r} and the model reads {tokenizer.name!r}; read it with read_data(..., model.tokenizer)")
     data, held_out = get(config.data, **part), None if config.eval_data is None else get(config.eval_data)
-    if held_out is None and config.eval_split and len(set(data.contents())) > 1: data, held_out = data.split(config.eval_split, config.seed)
+    if held_out is None and config.eval_split and data.varied: data, held_out = data.split(config.eval_split, config.seed)
     return data, in_windows(held_out, config.ctx_len) if cuts and held_out and config.ctx_len else held_out
 
 # %% ../../nbs/train/70_loop.ipynb #c6e66f10
@@ -201,6 +207,13 @@ def peak_memory(device: torch.device) -> int | None:
     except ImportError: return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
 
+# %% ../../nbs/train/70_loop.ipynb #4143174f
+def memory_told(run: Run) -> dict:
+    "Bytes of memory at most, as `planned` by the `start` event and as `measured`: on a GPU those of its tensors, on a CPU those of the process."
+    plan = next((e["plan"].get("memory") for e in reversed(run.events) if e["event"] == "start"), None)
+    beside = 0 if run.device.type == "cuda" or plan is None else plan["outside"][0]
+    return {"planned": None if plan is None else plan["peak"] + beside, "measured": peak_memory(run.device)}
+
 # %% ../../nbs/train/70_loop.ipynb #2a544990
 @torch.no_grad()
 def not_finite(run: Run, loss: float, norm: float) -> TrainingError:
@@ -228,17 +241,25 @@ def _damaged(run: Run) -> str:
 def examine(run: Run) -> list[dict]:
     "Evaluates, and writes samples; returns the events. Nothing is recorded when a stop was asked for meanwhile: a resumed run then evaluates here."
     began = time.perf_counter()
-    found = evaluate(run.model, run.held_out, n_bytes=run.held_out_bytes, stop=lambda: asked(run)[0], accelerator=run.accelerator) if run.held_out else {}
-    if found is None: return []
+    nats = document_losses(run.model, run.held_out, stop=lambda: asked(run)[0], accelerator=run.accelerator) if run.held_out else []
+    if nats is None: return []
+    found = mean_loss(nats, run.held_out, sum(run.held_out_bytes)) if nats else {}
     if found and not math.isfinite(found["loss"]) and not run.step: raise TrainingError(f"the held-out loss is {found['loss']} before any step: {_damaged(run)}")
     if found and not math.isfinite(found["loss"]): raise TrainingError(f"step {run.step}: the held-out loss is {found['loss']}; start again with a lower lr_init than {run.settled.lr_init:g}")
+    better = bool(found) and found["loss"] < run.best_loss
+    general = evaluate(run.model, run.general, stop=lambda: asked(run)[0], accelerator=run.accelerator) if better and run.general else {}
+    if general is None: return []
     run.evaluated, said = run.step, []
     if found:
-        better = found["loss"] < run.best_loss
         if better: run.best_loss, run.best_step, run.waited = found["loss"], run.step, 0
         else: run.waited += 1
-        said.append(run.say("eval", step=run.step, best=better, seconds=time.perf_counter() - began, **found))
+        said.append(run.say("eval", step=run.step, best=better, change=_since_first(run, nats), general=general or None, seconds=time.perf_counter() - began, **found))
     with whole(run.engine, run.model.parameters() if run.config.sample_prompts else ()): return said + [speak(run, prompt) for prompt in run.config.sample_prompts]
+
+def _since_first(run: Run, nats: list[float]) -> dict | None:
+    if run.rank: return None
+    first = keep_losses(run.folder, run.step, nats)
+    return change_of(first, nats, run.held_out, run.held_out_bytes) if run.step else None
 
 # %% ../../nbs/train/70_loop.ipynb #f06dc401
 def speak(run: Run, prompt: str, max_tokens: int = 120) -> dict:
@@ -312,7 +333,7 @@ def finish(run: Run) -> dict:
     first = next((e["loss"] for e in run.events if e["event"] == "eval"), None)
     best = "" if first is None else f"; the weights of step {run.best_step} are kept, held-out loss {first:.3f} -> {run.best_loss:.3f}"
     if run.best_step == 0: best += ", so training did not help"
-    return run.say("done", step=run.step, best_step=run.best_step, results=results, before=first, after=None if first is None else run.best_loss,
+    return run.say("done", step=run.step, best_step=run.best_step, results=results, before=first, after=None if first is None else run.best_loss, memory=memory_told(run),
                    message=f"ended at step {run.step} of {run.settled.steps}, {why}{best}")
 
 # %% ../../nbs/train/70_loop.ipynb #9c349aa7
@@ -364,21 +385,15 @@ def halt(run: Run) -> Iterator[dict]:
 # %% ../../nbs/train/70_loop.ipynb #acecf12f
 def prepare(run: Run):
     "Rows, base model, adapters: everything but the folder. Done once; errors are those of the data and of the checkpoint, in a sentence each."
-    if run.model is not None: return
+    if run.prepared: return
     config, resuming = run.config, run.config.resume
+    prints = _read(run)
     if config.backend != "auto" and not backends()[config.backend][0]: raise ConfigError(f"backend: {config.backend!r} can't be used here: {backends()[config.backend][1]}")
-    run.methods = methods_of(config)
-    if config.model is None: raise ConfigError(f"model: run {run.folder.name!r} was made over a model object that has no file; hand the same model over again, finetune(model=..., resume=True, ...)")
-    tokenizer = tokenizer_for(config_of(read(config.model)).vocab_size) if isinstance(config.model, str) else config.model.tokenizer
-    if resuming: run.data, run.held_out, prints = load_rows(run.folder, tokenizer)
-    else: run.data, run.held_out = read_rows_of(config, tokenizer)
-    run.loader = Loader(run.data, config.micro_bsz or 1, config.dataload, config.ctx_len, config.seed, magic_prime=config.magic_prime)
     model = load_base(config)
     left = resuming and left_by(model, run.folder)
     run.base = model.attached.base if left else fingerprint(model)
-    if resuming: check_same(run, prints, tokenizer)
+    if resuming: check_same(run, prints, run.tokenizer)
     if left: take_off(model, run.methods)
-    run.tokenizer = tokenizer
     run.device = next(model.parameters()).device
     run.random = OwnRandomness(config.seed, str(run.device))
     with run.random:
@@ -390,9 +405,21 @@ def prepare(run: Run):
     model.grad_cp = run.device.type == "cuda" if config.grad_cp == "auto" else config.grad_cp
     if config.backend != "auto": model.backend = config.backend
     infctx(model, config.chunk_ctx, config.bptt)
-    run.held_out_bytes = trained_bytes(run.held_out, tokenizer) if run.held_out else 0
+    run.held_out_bytes = [trained_bytes([e], run.tokenizer) for e in run.held_out or ()]
     run.model, run.scale = model.train(), LossScale(next(model.parameters()).dtype)
-    run.settled = settle(config, len(run.loader), default_lr(run.methods))
+    run.settled, run.prepared = settle(config, len(run.loader), default_lr(run.methods)), True
+
+def _read(run: Run) -> dict | None:
+    "Tokeniser, rows and their loader; returns the fingerprints that a run to be resumed began with."
+    config, prints = run.config, None
+    run.methods = methods_of(config)
+    if config.model is None: raise ConfigError(f"model: run {run.folder.name!r} was made over a model object that has no file; hand the same model over again, finetune(model=..., resume=True, ...)")
+    run.tokenizer = tokenizer_for(config_of(read(config.model)).vocab_size) if isinstance(config.model, str) else config.model.tokenizer
+    if config.resume: run.data, run.held_out, prints = load_rows(run.folder, run.tokenizer)
+    else: run.data, run.held_out = read_rows_of(config, run.tokenizer)
+    run.general = read_general(config.forget_data, run.tokenizer, run.folder if config.resume else None) if run.held_out else None
+    run.loader = Loader(run.data, config.micro_bsz or 1, config.dataload, config.ctx_len, config.seed, magic_prime=config.magic_prime)
+    return prints
 
 # %% ../../nbs/train/70_loop.ipynb #95a8c7b4
 def left_by(model: nn.Module, folder: Path) -> bool:
@@ -401,8 +428,8 @@ def left_by(model: nn.Module, folder: Path) -> bool:
     return record is not None and record is getattr(model, "attached", None) and where == folder.resolve()
 
 def _mark(run: Run, going: bool):
-    record = getattr(run.model, "attached", None)
-    if record: run.model.trained_in = None if going else (run.folder.resolve(), record)
+    record = getattr(run.here, "attached", None)
+    if record: run.here.trained_in = None if going else (run.folder.resolve(), record)
 
 # %% ../../nbs/train/70_loop.ipynb #9b8c66c3
 @torch.no_grad()
@@ -474,18 +501,13 @@ def begin(run: Run) -> Iterator[dict]:
     prepare(run)
     resuming, s = run.config.resume, run.settled
     run.accelerator = accelerator_on(run.device)
-    if run.config.devices not in ("auto", run.world): raise ConfigError(f"devices: {run.config.devices} were asked for, and {run.world} {'works' if run.world == 1 else 'work'} on this run; start it on as many, or leave devices out")
+    if run.config.devices not in ("auto", run.world // run.config.nodes): raise ConfigError(f"devices: {run.config.devices} were asked for, and {run.world} {'works' if run.world == 1 else 'work'} on this run; start it on as many, or leave devices out")
     run.folder = Path(from_first(run.accelerator, str(run.folder)))      # its name may be a date
     if not resuming and run.rank == 0 and holds_run(run.folder): raise ConfigError(_taken(run.folder))
     if s.lr_init is None: find_rate(run)
     if run.rank == 0: sweep(run.folder)
     if run.rank: pass
-    elif not resuming:
-        try: run.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error: raise ConfigError(f"output: {str(run.folder)!r} can't be made ({error.strerror}); choose another folder") from None
-        save_config(run.folder, run.config, {"name": run.folder.name, **{k: getattr(s, k) for k in ("micro_bsz", "accumulate", "lr_init", "lr_final", "warmup_steps")}})
-        save_rows(run.folder, run.data, run.held_out, run.base)
-        save_looked_at(run)
+    elif not resuming: _write(run)
     else: save_changes(run.folder, run.asked.given)
     run.log = EventLog(run.folder / "events.jsonl" if run.rank == 0 else None)
     if run.device.type == "cpu": keep_heap()
@@ -493,18 +515,21 @@ def begin(run: Run) -> Iterator[dict]:
     optimizer = make_optimizer(named.items(), s.lr_init, **update_of(run.config), model=run.model)
     run.feed = Feed(run.loader, 0, 0, run.rank, run.world)
     moments = go_on(run) if resuming else {}
+    if len(found := set(from_all(run.accelerator, run.step))) > 1: raise ConfigError(f"resume: the hosts hold different checkpoints, of step {min(found)} and {max(found)}; copy the run's checkpoints from host 0 to the others")
     if run.step: turn(run, optimizer)
+    plan = run.plan()      # of whole weights
     run.engine, run.optimizer = share(run.accelerator, run.model, optimizer, run.config.strategy, run.config.grad_clip)
     set_moments(run.engine, run.optimizer, run.trained, moments)
     told = {k: recorded(v) for k, v in {**run.config.given, "name": run.folder.name, **vars(s)}.items() if v is not None}
-    yield run.say("start", config=told, versions=_versions(), plan=run.plan(), data=dict(run.data.report(s.micro_bsz)), folder=str(run.folder))
-    if resuming: yield run.say("resumed", step=run.step)
+    yield run.say("start", config=told, versions=_versions(), plan=plan, data=dict(run.data.report(s.micro_bsz, s.micro_bsz * s.accumulate)), folder=str(run.folder))
+    again = resuming and len(run.events) > 1      # ranks resume what was written for them, and begin it all the same
+    if again: yield run.say("resumed", step=run.step)
     for word in said_of_pages(run): yield run.say("warning", message=word)
-    for word in (*run.told, *run.loader.notes()) if not resuming else (): yield run.say("warning", message=word)
+    for word in (*run.told, *left_out(run.data.facts), *run.loader.notes()) if not again else (): yield run.say("warning", message=word)
     if s.accumulate < run.world: yield run.say("warning", message=f"{run.world} processes share {s.accumulate} micro-batch{'es' * (s.accumulate > 1)} a step, so {run.world - s.accumulate} of them have nothing to do; lower micro_bsz and raise accumulate")
-    if not resuming and len(run.methods) > 1 and run.config.lr_init is None and any(n.endswith(".time_state") for n in run.trained):
+    if not again and len(run.methods) > 1 and run.config.lr_init is None and any(n.endswith(".time_state") for n in run.trained):
         yield run.say("warning", message=f"the state is tuned at the same rate as the rest, {s.lr_init:g}, and may want a much higher one; set lr_init, or tune one after the other")
-    if not resuming and run.held_out is None: yield run.say("warning", message="no rows are held out, so nothing tells whether the model gets better on rows that it has not seen, and the last weights are kept; set eval_split or eval_data")
+    if not again and run.held_out is None: yield run.say("warning", message="no rows are held out, so nothing tells whether the model gets better on rows that it has not seen, or what it forgets, and the last weights are kept; set eval_split or eval_data")
 
 # %% ../../nbs/train/70_loop.ipynb #7597fc35
 def said_of_pages(run: Run) -> list[str]:
@@ -529,23 +554,73 @@ def _versions() -> dict:
     from importlib.metadata import version
     return {"python": platform.python_version(), **{name: version(name) for name in ("rwkv_peft", "torch", "accelerate", "numpy")}}
 
+
+def _write(run: Run):
+    "Makes the folder of a new run and fills it: settings, rows, and those that EVA was given."
+    s = run.settled
+    try: run.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error: raise ConfigError(f"output: {str(run.folder)!r} can't be made ({error.strerror}); choose another folder") from None
+    save_config(run.folder, run.config, {"name": run.folder.name, **{k: getattr(s, k) for k in ("micro_bsz", "accumulate", "lr_init", "lr_final", "warmup_steps")}})
+    if run.general and run.config.forget_data is not None: save_general(run.general, run.folder)
+    save_rows(run.folder, run.data, run.held_out, run.base)
+    save_looked_at(run)
+
+
+def _hand_over(run: Run):
+    "Writes what the ranks read. The base itself isn't loaded, unless a learning rate must be found."
+    config = run.config
+    if not in_file(config): raise ConfigError("devices: other processes can't read a model that has no file; save it and give the file, or say devices = 1")
+    if getattr(config.model, "attached", None): raise ConfigError("model: it carries adapters, and other processes read its file, which doesn't; merge(model) and save it, or detach(model)")
+    run.config, given, run.model = config.changed(model=recorded(config.model)), config.model, None
+    run.prepared = False
+    prints = _read(run)
+    run.base = fingerprint(read(run.config.model))
+    if not isinstance(given, str) and (fingerprint(given), given.tokenizer.name) != (run.base, run.tokenizer.name): raise ConfigError(f"model: it is no longer what {run.config.model} holds, which is what other processes read; save it and give the new file")
+    if prints:
+        check_same(run, prints, run.tokenizer)
+        return save_changes(run.folder, run.asked.given)
+    if holds_run(run.folder): raise ConfigError(_taken(run.folder))
+    run.settled, run.methods = settle(run.config, len(run.loader), default_lr(run.methods)), [look_at_rows(run, m) for m in run.methods]
+    ranks = processes_of(config) * config.nodes
+    if run.settled.accumulate < ranks: run.told.append(f"accumulate: {run.settled.accumulate} micro-batches make a step and {ranks} ranks share them, so {ranks - run.settled.accumulate} have nothing to do; set accumulate to {ranks} or more")
+    if run.settled.lr_init is None:
+        prepare(run)
+        run.accelerator = accelerator_on(run.device)
+        find_rate(run)
+        run.model, run.trained, run.accelerator, run.prepared = None, None, None, False
+    _write(run)
+
+# %% ../../nbs/train/70_loop.ipynb #94d20b39
+def memory_of(run: Run) -> dict:
+    "`plan_memory` for a prepared run: its longest row, its methods, its base as it is held."
+    config, model, s = run.config, run.model, run.settled
+    packed = getattr(model, "quant", "none")
+    if config.quant == "none" and packed != "none": config = config.changed(quant=packed)
+    longest = min(run.loader.ctx_len, int(run.loader.lengths.max())) if config.dataload in ("bucket", "only") else run.loader.ctx_len
+    return plan_memory(config, model.config, longest, str(run.device), dtype=model.emb.weight.dtype, methods=run.methods, micro_bsz=s.micro_bsz, accumulated=s.accumulate)
+
+# %% ../../nbs/train/70_loop.ipynb #6dfd916e
+def time_of(run: Run) -> str:
+    "The time that the steps left will take, by the median of those measured; unknown before ten were."
+    seconds = [e["seconds"] for e in run.events if e["event"] == "step"]
+    return f"{median(seconds) * (run.settled.steps - len(seconds)) / 60:.0f} minutes for the steps left" if len(seconds) >= 10 else "unknown until ten steps are measured"
+
 # %% ../../nbs/train/70_loop.ipynb #01c6f5e3
 def plan_of(run: Run) -> dict:
-    "What a run will do, before it does it: sizes, rows, steps, and memory by formula (weights, gradients and optimiser; activations are not in it)."
+    "What a run will do, before it does it: sizes, rows, steps, the memory of its largest step by replay (see `plan_memory`), and the time that is left, once ten steps were measured."
     prepare(run)
     s, model, trained = run.settled, run.model, sum(p.numel() for p in run.trained.values() if p.requires_grad)
-    held = {id(p): p for p in model.parameters()}.values()
     per_step = min(run.loader.count, s.micro_bsz * s.accumulate)
-    return {"model": str(recorded(run.config.model)), "methods": [type(m).__name__ for m in run.methods] or ["full"], "parameters": sum(p.numel() for p in held), "trained": trained,
-            "rows": len(run.data), "held_out_rows": len(run.held_out or ()), "tokens_per_epoch": run.loader.tokens, "trained_tokens_per_epoch": sum(e.trained for e in run.data),
+    return {"model": str(recorded(run.config.model)), "methods": [type(m).__name__ for m in run.methods] or ["full"], "parameters": sum(p.numel() for p in model.parameters()), "trained": trained,
+            "rows": len(run.data), "held_out_rows": len(run.held_out or ()), "tokens_per_epoch": run.loader.tokens, "trained_tokens_per_epoch": run.data.trained,
             "micro_bsz": s.micro_bsz, "accumulate": s.accumulate, "rows_per_step": per_step, "steps": s.steps, "epochs": round(s.steps * s.accumulate * s.micro_bsz / run.loader.count, 3) if s.batches is None else run.config.epochs or 1,
             "lr_init": s.lr_init, "lr_final": s.lr_final, "warmup_steps": s.warmup_steps, "eval_steps": s.eval_steps, "save_steps": s.save_steps,
-            "estimate": {"weights_bytes": sum(p.numel() * p.element_size() for p in held), "gradient_bytes": 4 * trained, "optimiser_bytes": moment_bytes(run.trained.items(), run.config.optim), "how": "by formula; activations come on top"},
+            "memory": memory_of(run), "time": time_of(run),
             "device": str(run.device), "precision": str(next(model.parameters()).dtype).removeprefix("torch."), "folder": str(run.folder)}
 
 # %% ../../nbs/train/70_loop.ipynb #0898ab81
 def report_of(run: Run) -> dict:
-    "What a run did, from its events alone: settings, held-out loss before and after, best step, time, speed, samples."
+    "What a run did, from its events alone: settings, held-out loss before and after, the change with its interval, the loss on general text (`forgetting`), best step, time, speed, samples."
     events = timeline(run.events)
     pick = lambda kind: [e for e in events if e["event"] == kind]
     steps, evals, samples, start = pick("step"), pick("eval"), pick("sample"), (pick("start") or [{}])[0]
@@ -553,9 +628,11 @@ def report_of(run: Run) -> dict:
     seconds, tokens = sum(e["seconds"] for e in steps), sum(e["tokens"] for e in steps)
     newest = {e["prompt"]: e for e in samples}
     brief = lambda e: {k: e[k] for k in ("step", "loss", "bits_per_byte", "tokens")} if e else None
+    general = [e and e.get("general") for e in (evals[0] if evals else None, best)]
+    forgetting = {"before": general[0], "after": general[1], "change": general[1]["loss"] - general[0]["loss"]} if all(general) else None
     ends = [e for e in events if e["event"] in ("stopped", "error", "done")]
     return {"name": run.folder.name, "folder": str(run.folder), "settings": start.get("config"), "plan": start.get("plan"), "status": ends[-1]["event"] if ends else "running",
-            "message": ends[-1]["message"] if ends else None, "steps": steps[-1]["step"] if steps else 0, "before": brief(evals[0] if evals else None), "after": brief(best), "best_step": best and best["step"],
+            "message": ends[-1]["message"] if ends else None, "steps": steps[-1]["step"] if steps else 0, "before": brief(evals[0] if evals else None), "after": brief(best), "best_step": best and best["step"], "change": best and best.get("change"), "forgetting": forgetting, "evaluations": len(evals),
             "train_loss": [e["loss"] for e in steps], "seconds": seconds, "tokens": tokens, "tokens_per_second": tokens / seconds if seconds else None,
             "samples": [{k: e[k] for k in ("prompt", "base", "text", "step")} for e in newest.values()]}
 
@@ -574,7 +651,7 @@ class Run:
         self.config = load_config(self.folder, config.given) if config.resume else config
         self.methods, self.starts, self.looked_at = [], {}, None
         self.model = self.data = self.held_out = self.log = self.rates = self.saved = self.best_step = self.error = self.engine = self.accelerator = None
-        self.step, self.waited, self.evaluated, self.best_loss = 0, 0, -1, math.inf
+        self.step, self.waited, self.evaluated, self.best_loss, self.prepared, self.followed = 0, 0, -1, math.inf, False, False      # followed: another process reads what this rank writes
         self._stop, self._pause, self.ended, self.lock, self.working, self.thread = threading.Event(), threading.Event(), threading.Event(), threading.Lock(), False, None
 
     @classmethod
@@ -584,7 +661,7 @@ class Run:
 
     def plan(self) -> dict: return plan_of(self)
     def report(self) -> dict: return report_of(self)
-    def steps(self) -> Iterator[dict]: return events_of(self)
+    def steps(self) -> Iterator[dict]: return tracked(events_of(self), self.config.log_with, self.folder, lambda said: self.say("warning", message=said), lambda: self.rank == 0 and not self.followed)
 
     def fit(self) -> Run:
         "Runs to the end. Ctrl-C saves, says how to go on, and returns; a second Ctrl-C breaks off."
@@ -637,6 +714,19 @@ def asked(run: Run) -> tuple[bool, bool]:
 
 Run.say, Run.work = _say, _work
 
+def _model(run: Run) -> nn.Module | None:
+    "What trains here; or, once ranks have trained, their result, read when it is first asked for."
+    if run.here is None and not run.prepared and run.log and run.log.events and run.log.events[-1]["event"] == "done": run.here = _result(run, run.log.events[-1]["results"])
+    return run.here
+
+def _result(run: Run, names: list[str]) -> nn.Module:
+    if "model.pth" in names: return load(run.folder / "model.pth")
+    model = load_base(run.config)
+    load_adapter(model, run.folder / "adapter")
+    return quantize(model, run.config.quant, run.config.int8_matmul)
+
+Run.model = property(_model, lambda run, model: setattr(run, "here", model))
+
 # %% ../../nbs/train/70_loop.ipynb #a6aea05b
 def _over(run: Run) -> threading.Event: return getattr(run.thread, "finished", run.ended)
 
@@ -671,15 +761,14 @@ def events_of(run: Run) -> Iterator[dict]:
     run.working, run.error = False, None
     try:
         _mark(run, going=True)
-        yield from begin(run)
-        yield from train(run)
+        yield from _elsewhere(run) if is_launched(run.config) else _here(run)
     except (GeneratorExit, KeyboardInterrupt):
         if run.log and not run.working and run.world == 1:      # others may not have left
             for said in halt(run): pass
         raise
     except Exception as error:
         run.error = TrainingError(str(error)) if isinstance(error, OSError) and run.log else error
-        if run.log: yield last_words(run, run.error)
+        if run.log and _to_say(run, run.error): yield last_words(run, run.error)
         raise run.error from error
     finally:
         if run.world == 1: release(run)
@@ -691,13 +780,45 @@ def events_of(run: Run) -> Iterator[dict]:
 
 def _going() -> TrainingError: return TrainingError("this run is going already; wait for it, or stop() it first")
 
+def _here(run: Run) -> Iterator[dict]:
+    if not in_file(run.config) and processes_of(run.config.changed(model="")) > 1: run.told.append("devices: other devices can't read a model that has no file, so this run uses one; save it and give the file to use them all")
+    yield from begin(run)
+    yield from train(run)
+
+def _to_say(run: Run, error: Exception) -> bool:
+    "Not what was said, and in a rank only what it knows: another rank's end looks strange from there."
+    return not getattr(error, "said", False) and not (run.followed and not isinstance(error, (TrainingError, ConfigError)))
+
 # %% ../../nbs/train/70_loop.ipynb #379b4b89
 def last_words(run: Run, error: Exception) -> dict:
     "The `error` event. It is kept in memory when the disk has no room even for this."
-    rows = getattr(error, "rows", [])
+    rows, more = getattr(error, "rows", []), {"traceback": error.traceback} if getattr(error, "traceback", "") else {}
     texts = [run.tokenizer.decode(run.data[i].tokens.tolist())[:500] for i in rows[:3]]
-    try: return run.say("error", step=run.step, message=str(error), error_type=type(error).__name__, rows=rows, where=[run.data.where(i) for i in rows[:3]], text=texts)
+    try: return run.say("error", step=run.step, message=str(error), error_type=type(error).__name__, rows=rows, where=[run.data.where(i) for i in rows[:3]], text=texts, **more)
     except OSError: return run.log.events[-1]
+
+def _elsewhere(run: Run) -> Iterator[dict]:
+    "The events of a run whose ranks are processes of their own."
+    _hand_over(run)
+    config, run.working, run.log = run.config, True, EventLog(run.folder / "events.jsonl")
+    processes, wanted = processes_of(config), lambda: "stop" if run.asked_to_stop() else "pause" if run.asked_to_pause() else "go"
+    told = json.dumps({"model": run.asked.model if config.resume and isinstance(run.asked.model, str) else None, "warnings": run.told})
+    command = [*launcher(processes, config.nodes, config.node_rank, config.master), "-m", "rwkv_peft.train.launch", str(run.folder), told]
+    if config.node_rank: yield event("warning", message=f"this is host {config.node_rank} of {config.nodes}: what happens, and what comes out, is written on host 0")
+    try:
+        for said in follow(run.folder, command, environment(processes, config.master), wanted):
+            run.log.events.append(said)
+            run.step = said.get("step", run.step)
+            yield said
+    except RankError as found:
+        last = run.log.events[-1] if run.log.events and run.log.events[-1]["event"] == "error" else {}
+        kind = {"ConfigError": ConfigError, "FileNotFoundError": FileNotFoundError}.get(last.get("error_type", found.kind), TrainingError)
+        kept = checkpoints(run.folder)
+        error = kind(last.get("message") or f"{found}; {f'checkpoint step-{kept[-1]} is kept' if kept else 'no checkpoint was written yet'}; what the ranks printed is in {run.folder / 'ranks' / 'log.txt'}")
+        error.said, error.rows, error.traceback = bool(last), last.get("rows", []), found.traceback
+        raise error from found
+    finally: run.log = EventLog(run.folder / "events.jsonl")
+    if config.node_rank: yield event("done", step=run.step, best_step=None, message=f"host {config.node_rank} has done its part; the results are on host 0")
 
 # %% ../../nbs/train/70_loop.ipynb #5a46e27f
 def finetune(**settings) -> Run:
