@@ -1,5 +1,6 @@
 "Any strategy, any number of ranks: the numbers of plain training in one process."
 import json
+import math
 import os
 import socket
 import subprocess
@@ -8,11 +9,13 @@ from itertools import product
 from pathlib import Path
 import pytest
 import torch
+from rwkv_peft.data.records import read_data
 from rwkv_peft.model.checkpoint import load, save
+from rwkv_peft.model.tokenizer import Bytes
 from rwkv_peft.train.config import Config, ConfigError
 from rwkv_peft.train.events import read_events
 from rwkv_peft.train.folder import checkpoints, load_checkpoint
-from rwkv_peft.train.loop import Run, finetune
+from rwkv_peft.train.loop import Run, TrainingError, finetune
 from test_train import ROWS, losses, tiny
 
 torch.set_num_threads(1)
@@ -57,6 +60,7 @@ def told(place, name, data="rows", **settings):
 def alone(place):
     tasks = [told(place, f"{method}-{s}", strategy=s, **METHODS[method]) for method, s in product(METHODS, ["auto", *ZERO])]
     tasks += [told(place, f"{name}-auto", "few", micro_bsz=m, accumulate=a, max_steps=5, strategy="auto", **METHODS["lora"]) for name, (m, a) in SPLITS.items()]
+    tasks += [told(place, "idle-auto", "few", micro_bsz=2, accumulate=3, max_steps=5, **METHODS["full"])]
     tasks += [told(place, "held-auto", eval_split=.3, eval_steps=5, **METHODS["lora"]), told(place, "chain", strategy="auto", stop=5, **METHODS["lora"])]
     return run_all(place, tasks, 1)
 
@@ -66,6 +70,7 @@ def pair(place, alone):
     tasks = [told(place, f"lora-2-{s}", strategy=s, **METHODS["lora"]) for s in ["auto", *ZERO]]
     tasks += [told(place, f"{method}-2-{s}", strategy=s, **METHODS[method]) for method, s in (("full", "ddp"), ("full", "deepspeed_stage_3"), ("qlora", "deepspeed_stage_3"), ("state", "deepspeed_stage_2"))]
     tasks += [told(place, f"{name}-2-{s}", "few", micro_bsz=m, accumulate=a, max_steps=5, strategy=s, **METHODS["lora"]) for (name, (m, a)), s in product(SPLITS.items(), ("auto", "deepspeed_stage_3"))]
+    tasks += [told(place, "idle-2-auto", "few", micro_bsz=2, accumulate=3, max_steps=5, **METHODS["full"])]
     tasks += [told(place, "held-2-auto", eval_split=.3, eval_steps=5, **METHODS["lora"]), told(place, "held-2-3", eval_split=.3, eval_steps=5, strategy="deepspeed_stage_3", sample_prompts=["1 +"], **METHODS["lora"])]
     tasks += [dict(name="chain", output=str(place), resume=dict(strategy=s), stop=stop) for s, stop in (("deepspeed_stage_3", 9), ("ddp", 13))]
     tasks += [told(place, "dying", save_steps=2, eval_split=0., die=[1, 5], **METHODS["lora"])]
@@ -98,6 +103,7 @@ def test_splits_of_a_step(alone, pair):
     "The same four rows, with very different numbers of trained tokens, as 4x1, 2x2 and 1x4; with 4x1 the second rank is idle."
     plain = alone["4x1-auto"]
     assert same(alone["2x2-auto"]["loss"], plain["loss"]) and same(alone["1x4-auto"]["norm"], plain["norm"])
+    assert same(pair["idle-2-auto"]["loss"], alone["idle-auto"]["loss"]) and same(pair["idle-2-auto"]["norm"], alone["idle-auto"]["norm"]), "three micro-batches on two ranks, all weights"
     for name in [n for n in pair if n.split("-")[0] in SPLITS]: assert same(pair[name]["loss"], plain["loss"]) and same(pair[name]["norm"], plain["norm"]), name
 
 
@@ -108,6 +114,8 @@ def test_held_out_loss_is_shared(alone, pair):
 
 def test_only_rank_0_writes_and_speaks(place, pair):
     events = read_events(place / "held-2-3" / "events.jsonl")
+    said = [e["message"] for e in read_events(place / "4x1-2-auto" / "events.jsonl") if e["event"] == "warning"]
+    assert "2 processes share 1 micro-batch a step, so 1 of them have nothing to do" in " ".join(said)
     assert [e["step"] for e in events if e["event"] == "step"] == list(range(1, 21)) and sum(e["event"] == "start" for e in events) == 1
     assert len([e for e in events if e["event"] == "sample"]) == 5 and len(read_events(place / "held-2-3" / "samples.jsonl")) == 5
     assert not [p.name for p in (place / "held-2-3").rglob("*.part*")]
@@ -160,3 +168,14 @@ def test_refused_before_anything_is_written(place, tmp_path):
         assert not (tmp_path / "no").exists()
     with pytest.raises(ConfigError, match="trains weights of float32, and .* is float64"):
         finetune(**told(place, "double", output=str(tmp_path)) | dict(model=load(place / "base.pth", device="cpu", dtype=torch.float64), strategy="deepspeed_stage_2")).fit()
+
+
+@pytest.mark.parametrize("strategy", ["deepspeed_stage_2", "deepspeed_stage_3"])
+def test_a_broken_row_is_named_and_not_learnt(tmp_path, strategy):
+    "An infinite weight: the step that meets it is refused before DeepSpeed updates, and the model is as the checkpoint has it."
+    data = read_data(ROWS, Bytes())
+    data[7].weights[-1] = math.inf
+    run = finetune(model=tiny(), data=data, r=4, lr_init=1e-2, micro_bsz=2, accumulate=2, max_steps=10, save_steps=1, eval_split=0., strategy=strategy, output=str(tmp_path), name="bad")
+    with pytest.raises(TrainingError, match="because of row 8.*nothing was updated"): run.fit()
+    tensors, _ = load_checkpoint(run.folder)
+    assert run.step == checkpoints(run.folder)[-1] > 0 and all(torch.equal(tensors[n], p) for n, p in run.trained.items()) and "LOCAL_RANK" not in os.environ

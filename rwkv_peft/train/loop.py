@@ -509,14 +509,16 @@ def begin(run: Run) -> Iterator[dict]:
     moments = go_on(run) if resuming else {}
     if len(found := set(from_all(run.accelerator, run.step))) > 1: raise ConfigError(f"resume: the hosts hold different checkpoints, of step {min(found)} and {max(found)}; copy the run's checkpoints from host 0 to the others")
     if run.step: turn(run, optimizer)
+    plan = run.plan()      # of whole weights
     run.engine, run.optimizer = share(run.accelerator, run.model, optimizer, run.config.strategy, run.config.grad_clip)
     set_moments(run.engine, run.optimizer, run.trained, moments)
     told = {k: recorded(v) for k, v in {**run.config.given, "name": run.folder.name, **vars(s)}.items() if v is not None}
-    yield run.say("start", config=told, versions=_versions(), plan=run.plan(), data=dict(run.data.report(s.micro_bsz, s.micro_bsz * s.accumulate)), folder=str(run.folder))
+    yield run.say("start", config=told, versions=_versions(), plan=plan, data=dict(run.data.report(s.micro_bsz, s.micro_bsz * s.accumulate)), folder=str(run.folder))
     again = resuming and len(run.events) > 1      # ranks resume what was written for them, and begin it all the same
     if again: yield run.say("resumed", step=run.step)
     for word in said_of_pages(run): yield run.say("warning", message=word)
     for word in (*run.told, *left_out(run.data.facts), *run.loader.notes()) if not again else (): yield run.say("warning", message=word)
+    if s.accumulate < run.world: yield run.say("warning", message=f"{run.world} processes share {s.accumulate} micro-batch{'es' * (s.accumulate > 1)} a step, so {run.world - s.accumulate} of them have nothing to do; lower micro_bsz and raise accumulate")
     if not again and len(run.methods) > 1 and run.config.lr_init is None and any(n.endswith(".time_state") for n in run.trained):
         yield run.say("warning", message=f"the state is tuned at the same rate as the rest, {s.lr_init:g}, and may want a much higher one; set lr_init, or tune one after the other")
     if not again and run.held_out is None: yield run.say("warning", message="no rows are held out, so nothing tells whether the model gets better on rows that it has not seen, or what it forgets, and the last weights are kept; set eval_split or eval_data")
@@ -615,7 +617,8 @@ def report_of(run: Run) -> dict:
 class Run:
     """A fine-tuning run. Nothing starts until `steps()` is iterated, or `fit()` or `start()` called. ConfigError and FileNotFoundError say what can't be used.
 
-    `config`: the settings; `model`: the model, with its adapters, once prepared; `folder`: where everything is written; `events`: the run's events so far, also those of earlier sessions."""
+    `config`: the settings; `model`: the model, with its adapters, once prepared; `folder`: where everything is written; `events`: the run's events so far, also those of earlier sessions.
+    `rank` of `world`: which of the processes that make the run this one is; all must do the same with it, and only rank 0 writes."""
 
     def __init__(self, config: Config):
         self.asked, self.folder = config, folder_of(config.output, config.name)
