@@ -24,7 +24,7 @@ from .config import Config
 
 # %% auto #0
 __all__ = ['in_file', 'processes_of', 'is_launched', 'launcher', 'interface_to', 'environment', 'new_events', 'tell', 'listen',
-           'leave_with', 'RankError', 'note_error', 'cause_of', 'end', 'follow', 'work']
+           'leave_with', 'RankError', 'note_error', 'part', 'cause_of', 'end', 'follow', 'work']
 
 # %% ../../nbs/train/68_launch.ipynb #cb55b1a0
 def in_file(config: Config) -> bool:
@@ -122,12 +122,20 @@ def note_error(place: Path, rank: int, error: Exception):
     text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
     (place / f"rank-{rank}.json").write_text(json.dumps({"time": time.time(), "kind": type(error).__name__, "message": message, "traceback": text}), encoding="utf-8")
 
+# %% ../../nbs/train/68_launch.ipynb #3c8b1d21
+def part():
+    "Leaves the other ranks once all are here: one that went first would be taken for dead, and gloo ends a process that misses another."
+    from torch import distributed
+    distributed.barrier()
+    distributed.destroy_process_group()
+
 # %% ../../nbs/train/68_launch.ipynb #782b2bd3
 def cause_of(place: Path, code: int) -> RankError:
     "What ended ranks whose notes and log lie in folder `place`, when the launcher's exit code was `code`."
     notes = sorted((json.loads(f.read_text(encoding="utf-8")) for f in place.glob("rank-*.json")), key=lambda note: note["time"])
     log = (place / "log.txt").read_text(encoding="utf-8", errors="replace")
-    died = [(rank, -int(code)) for rank, code in re.findall(r"\brank +: (\d+) .*\n +exitcode +: (-\d+) ", log) if -int(code) != signal.SIGTERM]
+    follows = {signal.SIGTERM} | ({signal.SIGABRT} if notes else set())      # the launcher's own, and gloo's when another rank is gone
+    died = [(rank, -int(code)) for rank, code in re.findall(r"\brank +: (\d+) .*\n +exitcode +: (-\d+) ", log) if -int(code) not in follows]
     if died:
         rank, number = died[0]
         why = "; the system does that when memory runs out" if number == getattr(signal, "SIGKILL", 9) else ""
@@ -188,6 +196,7 @@ def work(folder: str, told: str | None = None):
             run.told, run.followed = told["warnings"], True
             if os.environ["LOCAL_RANK"] == "0": threading.Thread(target=listen, args=(run,), daemon=True).start()
         for _ in run.steps(): pass
+        if torch.distributed.is_initialized(): part()
     except Exception as error:
         if told: note_error(Path(folder, "ranks"), int(os.environ["RANK"]), error)
         raise
