@@ -16,6 +16,7 @@ import os
 from ..show.curve import curve, decimate
 from ..show.html import AS_TEXT, Html, page, table, tag
 from ..train.events import read_events, timeline
+from ..train.plan import as_rows
 
 # %% ../../nbs/look/10_report.ipynb #44f08de8
 @dataclass(frozen=True)
@@ -179,7 +180,8 @@ def card(p: Progress) -> Html:
     "The card of a run as HTML: where it stands, its numbers, samples, warnings, what to do next, and its settings behind folds. Needs nothing from the network."
     shown = f" · drawing took {p.drawing:.2f} s, {p.drawing / p.seconds:.1%} of the time" if p.drawing and p.seconds else ""
     foot = tag("div", *_coded(advice(p)), shown, style="opacity:.75;font-size:.9em;margin-top:.3em")
-    folds = [_fold(title, p.start.get(key) or {}) for title, key in [("settings", "config"), ("plan", "plan"), ("data", "data"), ("versions", "versions")]]
+    facts = {"settings": p.start.get("config"), "plan": as_rows(p.start.get("plan") or {}), "data": p.start.get("data"), "versions": p.start.get("versions")}
+    folds = [_fold(title, told or {}) for title, told in facts.items()]
     return tag("div", _head(p), _numbers(p), _samples(p), _notes(p), foot, *folds, style=_FRAME, class_=AS_TEXT)
 
 # %% ../../nbs/look/10_report.ipynb #ef87dc30

@@ -90,12 +90,12 @@ def stage_of(strategy: str) -> int:
     return int(found[1]) if found else 0
 
 # %% ../../nbs/train/66_strategy.ipynb #51c47394
-def zero_settings(strategy: str, grad_clip: float = 0.0, pin: bool = False) -> dict:
-    "DeepSpeed's settings for a strategy. `pin`: page-locked RAM for what is offloaded, for GPUs."
+def zero_settings(strategy: str, grad_clip: float = 0.0, pin: bool = False, trained: int = 200_000_000) -> dict:
+    "DeepSpeed's settings for a strategy. `pin`: page-locked RAM for what is offloaded, for GPUs. `trained`: how many numbers train; a bucket for gradients needn't hold more, and its own default of 5e8 takes 2 GB."
     ram, stage = {"device": "cpu", "pin_memory": pin}, stage_of(strategy)
     offload = {"offload_optimizer": ram, **({"offload_param": ram} if stage == 3 else {})} if strategy.endswith("offload") else {}
     return {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "gradient_clipping": grad_clip, "steps_per_print": None, "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False, "zero_optimization": {"stage": stage, **offload}}
+            "zero_force_ds_cpu_optimizer": False, "zero_optimization": {"stage": stage, "reduce_bucket_size": max(1, min(trained, 200_000_000)), **offload}}
 
 # %% ../../nbs/train/66_strategy.ipynb #5709aa4d
 def share(accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, strategy: str = "auto", grad_clip: float = 0.0) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -111,11 +111,12 @@ def share(accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, strat
     there = deepspeed.get_accelerator().device_name()
     if there != device.type: raise ConfigError(f"device: DeepSpeed works on {there} here, and this model is on {device.type}; leave device out, or use strategy = 'ddp'")
     if not distributed.is_initialized(): distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    settings = zero_settings(strategy, grad_clip, device.type == "cuda", sum(p.numel() for p in model.parameters() if p.requires_grad))
     vacant = "LOCAL_RANK" not in os.environ
     if vacant: os.environ["LOCAL_RANK"] = "0"
     before = {m: {k: copy(v) if isinstance(v, dict) else v for k, v in vars(m).items()} for m in model.modules()}
     try:
-        with hushed(): engine, optimizer, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=zero_settings(strategy, grad_clip, device.type == "cuda"), dist_init_required=False)
+        with hushed(): engine, optimizer, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
     except BaseException:
         if vacant: del os.environ["LOCAL_RANK"]
         raise
