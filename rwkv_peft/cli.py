@@ -358,11 +358,12 @@ def bench_memory(tokens: Annotated[list[int], typer.Option(min=1, help="may be g
                  plan: Annotated[bool, typer.Option("--plan", help="the plan's bytes beside the peaks of processes, and nothing else")] = False,
                  json: Json = None, figure: Figure = None, check: Check = False):
     "Peak memory of a LoRA step, plain, checkpointed and in pieces."
-    from rwkv_peft.bench.peaks import bench_memory, bench_plan, memory_figures, memory_table, plan_table
     if plan:
+        from rwkv_peft.bench.peaks import bench_plan, plan_table
         planned = bench_plan()
         print(plan_table(planned))
         return report("memory", {"plan": planned}, {}, json, figure, check)
+    from rwkv_peft.bench.peaks import bench_memory, memory_figures, memory_table
     result = bench_memory(lengths=tokens, small=small, infctx=[2048, 16384] if infctx else [])
     print(memory_table(result))
     report("memory", {"memory": result}, memory_figures(result), json, figure, check)
