@@ -110,9 +110,10 @@ def load_checkpoint(folder: str | Path, step: int | None = None) -> tuple[dict[s
 
 # %% ../../nbs/train/30_folder.ipynb #74fb817c
 def prune(folder: str | Path, keep: int, best: int | None):
-    "Deletes all checkpoints but the newest `keep` and the `best`."
+    "Deletes all checkpoints but the newest `keep` and the `best`. Each loses its name first, so that none is there in part."
     for step in checkpoints(folder)[:-keep]:
-        if step != best: shutil.rmtree(Path(folder, "checkpoints", f"step-{step}"))
+        place = Path(folder, "checkpoints", f"step-{step}")
+        if step != best: shutil.rmtree(place.replace(place.with_name(f".{place.name}.{os.getpid()}.old")))
 
 # %% ../../nbs/train/30_folder.ipynb #c0dc77f4
 def sweep(folder: str | Path):

@@ -302,6 +302,7 @@ def go_on(run: Run) -> dict:
     run.scale.factor, run.scale.calm = training["scale"]
     for name in ("best_loss", "best_step", "waited", "evaluated"): setattr(run, name, training[name])
     run.feed.epoch, run.feed.start = training["epoch"], training["start"]
+    if run.rank == 0: prune(run.folder, run.config.keep, run.best_step)      # what the session before had no time for
     return training["moments"]
 
 # %% ../../nbs/train/70_loop.ipynb #467b9628
