@@ -232,7 +232,7 @@ LONG = [{"text": f"{i} " + "ab cd ef. " * (3 + 9 * (i % 2))} for i in range(8)]
 
 
 def run(folder, **settings):
-    return finetune(model="rwkv7-tiny", data=LONG, output=str(folder), micro_bsz=2, accumulate=2, epochs=2., eval_split=.25, save_steps=1, device="cpu", precision="fp32", **settings)
+    return finetune(model="rwkv7-tiny", forget_data="none", data=LONG, output=str(folder), micro_bsz=2, accumulate=2, epochs=2., eval_split=.25, save_steps=1, device="cpu", precision="fp32", **settings)
 
 
 def numbers(run): return [e["loss"] for e in run.events if e["event"] in ("step", "eval")]

@@ -7,7 +7,7 @@ from rwkv_peft.kernels.int8 import int8_status
 from rwkv_peft.train.config import ConfigError
 
 needs_vnni = pytest.mark.skipif(not int8_status()[0], reason=int8_status()[1])
-common = dict(model="rwkv7-tiny", accumulate=2, seed=3, eval_split=0.1)
+common = dict(model="rwkv7-tiny", forget_data="none", accumulate=2, seed=3, eval_split=0.1)
 
 
 def held_out(tmp_path, name, **settings):

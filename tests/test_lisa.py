@@ -31,7 +31,7 @@ def kept_bytes(optimizer): return sum(x.nbytes for state in optimizer.state.valu
 
 
 def make(folder, **settings):
-    base = dict(model=new_model(), data=ROWS, peft=LISA(layers=1, every=3), lr_init=3e-3, micro_bsz=2, accumulate=2, max_steps=20, eval_split=.2, eval_steps=5, save_steps=5, early_stop=0, output=str(folder), name="run")
+    base = dict(model=new_model(), forget_data="none", data=ROWS, peft=LISA(layers=1, every=3), lr_init=3e-3, micro_bsz=2, accumulate=2, max_steps=20, eval_split=.2, eval_steps=5, save_steps=5, early_stop=0, output=str(folder), name="run")
     return finetune(**base | settings)
 
 
@@ -233,6 +233,6 @@ def test_a_word_or_a_table_is_enough(tmp_path):
 
 def test_held_out_loss_of_the_demo_falls(tmp_path):
     train, held_out = read_data(demo_rows(), RWKV.load("rwkv7-tiny").tokenizer).split(0.15)
-    run = finetune(model="rwkv7-tiny", data=train, eval_data=held_out, peft=LISA(every=5), lr_init=1e-3, micro_bsz=8, accumulate=1, max_steps=24, eval_steps=24, output=str(tmp_path), name="demo")
+    run = finetune(model="rwkv7-tiny", forget_data="none", data=train, eval_data=held_out, peft=LISA(every=5), lr_init=1e-3, micro_bsz=8, accumulate=1, max_steps=24, eval_steps=24, output=str(tmp_path), name="demo")
     said = list(run.steps())[-1]
     assert said["after"] <= 0.92 * said["before"], said["message"]

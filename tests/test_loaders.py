@@ -296,7 +296,7 @@ ROWS = [{"text": f"Row {i} says {'on and on ' * (i % 4)}{i}."} for i in range(12
 
 @pytest.mark.parametrize("told", [dict(dataload="pack", ctx_len=48), dict(dataload="get", ctx_len=12), dict(dataload="get", ctx_len=8, magic_prime=5), dict(dataload="pad", ctx_len=16)])
 def test_a_stopped_run_goes_on_with_the_batches_that_were_left(tmp_path, told):
-    told = dict(model="rwkv7-tiny", data=ROWS, r=2, micro_bsz=2, accumulate=2, max_steps=5, save_steps=50, eval_steps=50, eval_split=.1, device="cpu", output=str(tmp_path)) | told
+    told = dict(model="rwkv7-tiny", forget_data="none", data=ROWS, r=2, micro_bsz=2, accumulate=2, max_steps=5, save_steps=50, eval_steps=50, eval_split=.1, device="cpu", output=str(tmp_path)) | told
     steps = lambda run: [(e["step"], e["loss"], e["rows"], e["tokens"]) for e in timeline(run.events) if e["event"] == "step"]
     whole, broken = finetune(name="whole", **told).fit(), finetune(name="broken", **told)
     for e in broken.steps():

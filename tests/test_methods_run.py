@@ -20,7 +20,7 @@ def base(): return load("rwkv7-tiny", device="cpu", dtype=torch.float32)
 
 
 def settings(tmp_path, word, **more):
-    told = dict(model="rwkv7-tiny", device="cpu", precision="fp32", data=ROWS, peft=word, lr_init=1e-2 if word == "state" else 1e-3, micro_bsz=2, accumulate=1, max_steps=2, eval_split=.2, eval_steps=1, output=str(tmp_path), name="run")
+    told = dict(model="rwkv7-tiny", forget_data="none", device="cpu", precision="fp32", data=ROWS, peft=word, lr_init=1e-2 if word == "state" else 1e-3, micro_bsz=2, accumulate=1, max_steps=2, eval_split=.2, eval_steps=1, output=str(tmp_path), name="run")
     if isinstance(word, str) and word not in ("lisa", "state", "none"): told["r"] = 4
     return told | more
 

@@ -148,7 +148,12 @@ def test_the_cheapest_change_is_the_first_that_fits():
     assert full["fits"] is False and full["cheapest"]["change"] == {"optim": "adamw8bit"} and "cheapest" not in plan_memory(config, sizes, 512, "cpu", 2**40)
 
 
-def test_a_run_says_its_memory_and_compares(tmp_path):
+def test_a_run_says_its_memory_and_compares(tmp_path, monkeypatch):
+    "A small model's run says it only when asked."
+    small = finetune(model="rwkv7-tiny", data=demo_rows()[:12], peft="lora", r=4, max_steps=1, accumulate=1, output=str(tmp_path), name="small", eval_split=0.)
+    events = list(small.steps())
+    assert events[0]["plan"]["memory"] is None and events[-1]["memory"]["planned"] is None and small.plan()["memory"]["peak"] > 0
+    monkeypatch.setattr("rwkv_peft.train.plan.SMALL", 0)
     run = finetune(model="rwkv7-tiny", data=demo_rows()[:12], peft="lora", r=4, max_steps=11, accumulate=1, output=str(tmp_path), name="a", eval_split=0.)
     assert run.plan()["time"].startswith("unknown")
     events = list(run.steps())

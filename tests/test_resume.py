@@ -32,7 +32,7 @@ def place(tmp_path_factory):
     return folder
 
 
-def settings(place, method): return dict(model=str(place / "base.pth"), data=str(place / "rows.jsonl"), micro_bsz=2, accumulate=2, epochs=3, eval_split=.2, eval_steps=5, save_steps=5, early_stop=0, output=str(place)) | METHODS[method]
+def settings(place, method): return dict(model=str(place / "base.pth"), forget_data="none", data=str(place / "rows.jsonl"), micro_bsz=2, accumulate=2, epochs=3, eval_split=.2, eval_steps=5, save_steps=5, early_stop=0, output=str(place)) | METHODS[method]
 
 
 def whole(place, method):

@@ -186,7 +186,7 @@ def test_over_a_packed_base():
 
 def test_held_out_loss_of_the_demo_falls(tmp_path):
     train, held_out = read_data(demo_rows(), RWKV.load("rwkv7-tiny").tokenizer).split(0.15)
-    run = finetune(model="rwkv7-tiny", data=train, eval_data=held_out, peft="state", lr_init=5.0, micro_bsz=8, accumulate=1, max_steps=44, eval_steps=44, output=str(tmp_path), name="demo")
+    run = finetune(model="rwkv7-tiny", forget_data="none", data=train, eval_data=held_out, peft="state", lr_init=5.0, micro_bsz=8, accumulate=1, max_steps=44, eval_steps=44, output=str(tmp_path), name="demo")
     said = list(run.steps())[-1]
     assert said["after"] <= 0.92 * said["before"], said["message"]
     states = load_state(run.folder / "state.pth", run.model.config)

@@ -261,7 +261,7 @@ def _tokens_of(e): return e.tokens.tolist()
 
 def test_a_run_over_rows_on_disk_is_that_of_the_list_and_goes_on_as_if_never_stopped(rows_file, tmp_path):
     from rwkv_peft.train.loop import Run, finetune
-    told = dict(model="rwkv7-tiny", max_steps=4, micro_bsz=4, accumulate=1, eval_steps=4, save_steps=2, r=2)
+    told = dict(model="rwkv7-tiny", forget_data="none", max_steps=4, micro_bsz=4, accumulate=1, eval_steps=4, save_steps=2, r=2)
     def losses(run, until=9):
         found = []
         for e in run.steps():

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/train/70_loop.ipynb #de70484e
 from __future__ import annotations
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -43,7 +43,7 @@ from .folder import OwnRandomness, checkpoints, folder_of, holds_run, load_check
 from .infctx import infctx
 from .launch import RankError, environment, follow, in_file, is_launched, launcher, processes_of
 from .loss import LossScale, on_device, over_ranks, penalty_of, trained_tokens
-from .plan import memory_of, memory_told, time_of
+from .plan import memory_at_start, memory_of, memory_told, time_of
 from .strategy import accelerator_on, add_up, clip_and_norm, copies, from_all, from_first, moments_of, ranks, set_moments, share, take_back, whole, zero_of
 from .optim import default_lr, lorafa_groups, lr_at, make_optimizer, methods_of, optimizer_groups, set_lr, update_of
 from .trackers import tracked
@@ -510,7 +510,7 @@ def begin(run: Run) -> Iterator[dict]:
     moments = go_on(run) if resuming else {}
     if len(found := set(from_all(run.accelerator, run.step))) > 1: raise ConfigError(f"resume: the hosts hold different checkpoints, of step {min(found)} and {max(found)}; copy the run's checkpoints from host 0 to the others")
     if run.step: turn(run, optimizer)
-    plan = run.plan()      # of whole weights
+    plan = plan_of(run, memory_at_start)      # of whole weights
     run.engine, run.optimizer = share(run.accelerator, run.model, optimizer, run.config.strategy, run.config.grad_clip)
     set_moments(run.engine, run.optimizer, run.trained, moments)
     told = {k: recorded(v) for k, v in {**run.config.given, "name": run.folder.name, **vars(s)}.items() if v is not None}
@@ -584,7 +584,7 @@ def _hand_over(run: Run):
     _write(run)
 
 # %% ../../nbs/train/70_loop.ipynb #01c6f5e3
-def plan_of(run: Run) -> dict:
+def plan_of(run: Run, memory: Callable = memory_of) -> dict:
     "What a run will do, before it does it: sizes, rows, steps, the memory of its largest step by replay (see `plan_memory`), and the time that is left, once ten steps were measured."
     prepare(run)
     s, model, trained = run.settled, run.model, sum(p.numel() for p in run.trained.values() if p.requires_grad)
@@ -593,7 +593,7 @@ def plan_of(run: Run) -> dict:
             "rows": len(run.data), "held_out_rows": len(run.held_out or ()), "tokens_per_epoch": run.loader.tokens, "trained_tokens_per_epoch": run.data.trained,
             "micro_bsz": s.micro_bsz, "accumulate": s.accumulate, "rows_per_step": per_step, "steps": s.steps, "epochs": round(s.steps * s.accumulate * s.micro_bsz / run.loader.count, 3) if s.batches is None else run.config.epochs or 1,
             "lr_init": s.lr_init, "lr_final": s.lr_final, "warmup_steps": s.warmup_steps, "eval_steps": s.eval_steps, "save_steps": s.save_steps,
-            "memory": memory_of(run), "time": time_of(run),
+            "memory": memory(run), "time": time_of(run),
             "device": str(run.device), "precision": str(next(model.parameters()).dtype).removeprefix("torch."), "folder": str(run.folder)}
 
 # %% ../../nbs/train/70_loop.ipynb #0898ab81

@@ -27,10 +27,10 @@ from .loss import accumulate, penalty_of
 from .optim import make_optimizer, methods_of, moment_bytes, update_of
 
 # %% auto #0
-__all__ = ['OUTSIDE', 'Live', 'answer', 'base_dtype', 'Started', 'without_look', 'ghost', 'ghosts', 'batch_like', 'moments',
-           'follow', 'walk', 'alike', 'stretch', 'replay', 'strategy_bytes', 'loading', 'plan_step', 'said_of', 'room',
-           'fits', 'changes', 'attempts', 'cheapest', 'plan_memory', 'readable', 'as_rows', 'memory_of', 'time_of',
-           'memory_told', 'plan_like']
+__all__ = ['OUTSIDE', 'SMALL', 'Live', 'answer', 'base_dtype', 'Started', 'without_look', 'ghost', 'ghosts', 'batch_like',
+           'moments', 'follow', 'walk', 'alike', 'stretch', 'replay', 'strategy_bytes', 'loading', 'plan_step',
+           'said_of', 'room', 'fits', 'changes', 'attempts', 'cheapest', 'plan_memory', 'readable', 'as_rows',
+           'memory_of', 'memory_at_start', 'time_of', 'memory_told', 'plan_like']
 
 # %% ../../nbs/train/65_plan.ipynb #64df30ac
 class Live(TorchDispatchMode):
@@ -330,6 +330,14 @@ def memory_of(run) -> dict:
     longest = min(run.loader.ctx_len, int(run.loader.lengths.max())) if config.dataload in ("bucket", "only") else run.loader.ctx_len
     return plan_memory(config, model.config, longest, str(run.device), dtype=model.emb.weight.dtype, methods=run.methods, micro_bsz=s.micro_bsz, accumulated=s.accumulate, ranks=config.devices if isinstance(config.devices, int) else 1)
 
+# %% ../../nbs/train/65_plan.ipynb #820c831d
+SMALL = 64 << 20      # bytes of a model
+
+def memory_at_start(run) -> dict | None:
+    "`memory_of` for the `start` event; None for a model under 64 MiB, whose run may be over before the replay is. `run.plan()` tells it all the same."
+    held = sum(p.numel() * p.element_size() for p in run.model.parameters())
+    return memory_of(run) if held >= SMALL else None
+
 # %% ../../nbs/train/65_plan.ipynb #6dfd916e
 def time_of(run) -> str:
     "The time that the steps left will take, by the median of those measured; unknown before ten were."
@@ -339,7 +347,7 @@ def time_of(run) -> str:
 # %% ../../nbs/train/65_plan.ipynb #4143174f
 def memory_told(run, measured: int | None) -> dict:
     "Bytes of memory at most, as `planned` by the `start` event and as it was `measured`: on a GPU those of its tensors, on a CPU those of the process."
-    plan = next((e["plan"].get("memory") for e in reversed(run.events) if e["event"] == "start"), None)
+    plan = next((e["plan"].get("memory") for e in reversed(run.events) if e["event"] == "start"), None)      # none for a small model
     beside = 0 if run.device.type == "cuda" or plan is None else plan["outside"][0]
     return {"planned": None if plan is None else plan["peak"] + beside, "measured": measured}
 
