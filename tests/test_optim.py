@@ -73,7 +73,7 @@ def test_a_checkpoint_of_eight_bits_is_read_without_unpickling(tmp_path):
     run = make(tmp_path, optim="adamw8bit", peft="none", max_steps=1, save_steps=1)
     list(run.steps())
     _, training = load_checkpoint(run.folder)                            # weights_only
-    kept = [x for state in training["optimizer"]["state"].values() for x in state["__bnb_optimizer_quant_state__"].values() if x.dtype == torch.uint8]
+    kept = [x for state in training["moments"].values() for x in state["__bnb_optimizer_quant_state__"].values() if x.dtype == torch.uint8]
     assert sum(x.numel() for x in kept) == 2 * sum(p.numel() for p in run.trained.values() if p.numel() >= 4096) > 0
 
 

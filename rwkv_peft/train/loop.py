@@ -9,15 +9,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-import asyncio
-import json
-import math
-import os
-import platform
-import signal
-import threading
-import time
-import warnings
+import asyncio, json, math, os, platform, signal
+import threading, time, warnings
 import torch
 from torch import Tensor, nn
 from ..data.batches import Batch, Loader, collate, idle
@@ -662,8 +655,7 @@ class Run:
         path = self.folder / "events.jsonl"
         return self.log.events if self.log else read_events(path) if self.config.resume and path.exists() else []
 
-    @property
-    def out_of_patience(self) -> bool: return 0 < self.config.early_stop <= self.waited
+    out_of_patience = property(lambda self: 0 < self.config.early_stop <= self.waited)
 
 # %% ../../nbs/train/70_loop.ipynb #fdf98ec9
 def _due(run: Run, every: int) -> bool: return run.step % every == 0 or run.step >= run.settled.steps
