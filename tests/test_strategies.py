@@ -163,9 +163,8 @@ def test_what_cannot_be_divided_is_refused(settings, words):
 
 
 def test_refused_before_anything_is_written(place, tmp_path):
-    for settings, words in ((dict(peft="lisa", strategy="deepspeed_stage_1"), "LISA: strategy='deepspeed_stage_1'"), (dict(devices=2), "devices: 2 were asked for, and 1 works")):
-        with pytest.raises(Exception, match=words): finetune(**told(place, "no", output=str(tmp_path)) | settings).fit()
-        assert not (tmp_path / "no").exists()
+    with pytest.raises(Exception, match="LISA: strategy='deepspeed_stage_1'"): finetune(**told(place, "no", output=str(tmp_path)) | dict(peft="lisa", strategy="deepspeed_stage_1")).fit()
+    assert not (tmp_path / "no").exists()
     with pytest.raises(ConfigError, match="trains weights of float32, and .* is float64"):
         finetune(**told(place, "double", output=str(tmp_path)) | dict(model=load(place / "base.pth", device="cpu", dtype=torch.float64), strategy="deepspeed_stage_2")).fit()
 
