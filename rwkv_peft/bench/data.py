@@ -67,7 +67,7 @@ class Peaks:
 def read_once(path: str, cache: str, workers: int | None) -> dict:
     "Read the file at `path` into `cache` in this process; seconds, rows, tokens, and the peak bytes of this process and of the largest worker."
     from rwkv_peft.data.records import read_data
-    from rwkv_peft.data.stored import worker_count
+    from rwkv_peft.data.workers import worker_count
     from rwkv_peft.model.tokenizer import World
     workers, world = worker_count(workers), World()
     world.encode("its vocabulary is loaded")
