@@ -19,7 +19,7 @@ from ..data.records import Dataset, read_data
 from ..data.views import left_out
 from ..kernels.wkv import backends
 from ..model.quant import kind_of, quantize
-from ..model.checkpoint import config_of, fastest_dtype, fingerprint, load, read, save
+from ..model.checkpoint import config_of, fingerprint, load, read, save
 from ..model.sample import Sampler, generate
 from ..model.state import save_state
 from ..model.tokenizer import tokenizer_for
@@ -36,7 +36,7 @@ from .folder import OwnRandomness, checkpoints, folder_of, holds_run, load_check
 from .infctx import infctx
 from .launch import RankError, environment, follow, in_file, is_launched, launcher, processes_of
 from .loss import LossScale, on_device, over_ranks, penalty_of, trained_tokens
-from .plan import memory_at_start, memory_of, memory_told, time_of
+from .plan import base_dtype, memory_at_start, memory_of, memory_told, time_of
 from .strategy import accelerator_on, add_up, clip_and_norm, copies, from_all, from_first, moments_of, ranks, set_moments, share, take_back, whole, zero_of
 from .optim import default_lr, lorafa_groups, lr_at, make_optimizer, methods_of, optimizer_groups, set_lr, update_of
 from .trackers import tracked
@@ -131,9 +131,7 @@ def load_base(config: Config) -> nn.Module:
     "The base model that the settings name, in the type that they ask for; every weight that trains is at least fp32."
     if not isinstance(config.model, str): return config.model
     device = config.device or (f"cuda:{ranks()[2]}" if torch.cuda.is_available() else "cpu")
-    kinds = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "auto": torch.bfloat16 if fastest_dtype(device) == torch.bfloat16 else torch.float32}
-    whole = config.peft == "none" or any(hasattr(m, "names") for m in methods_of(config))      # methods that train the model's own tensors name them
-    return load(config.model, device=device, dtype=torch.float32 if whole else kinds[config.precision])
+    return load(config.model, device=device, dtype=base_dtype(config, device))
 
 # %% ../../nbs/train/70_loop.ipynb #f7214e14
 def settle(config: Config, per_epoch: int, lr: float | None) -> SimpleNamespace:

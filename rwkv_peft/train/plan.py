@@ -81,8 +81,8 @@ def base_dtype(config: Config, device: str) -> torch.dtype:
     kinds = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     if config.peft == "none" or any(hasattr(m, "names") for m in methods_of(config)): return torch.float32
     if config.precision != "auto": return kinds[config.precision]
-    gpu = torch.device(device).type == "cuda"
-    return torch.bfloat16 if gpu and (not torch.cuda.is_available() or fastest_dtype(device) == torch.bfloat16) else torch.float32
+    absent = torch.device(device).type == "cuda" and not torch.cuda.is_available()
+    return torch.bfloat16 if absent or fastest_dtype(device) == torch.bfloat16 else torch.float32
 
 # %% ../../nbs/train/65_plan.ipynb #2355ba58
 class Started(LoRA):
