@@ -1,7 +1,11 @@
 "What several test files share."
+import signal
 from pathlib import Path
 
 import pytest
+
+# a shell starts what runs in its background with Ctrl-C ignored, and children inherit that; the tests send it to theirs
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -162,10 +162,11 @@ def test_dropout_draws_the_same_twice():
 def test_memories_are_carried_in_fp32_by_a_bf16_model():
     model, given = model_of("7", torch.bfloat16), batch(torch.float32)
     seen = []
-    model.blocks[1].register_forward_pre_hook(lambda module, args: seen.append((args[3], args[2].dtype)))
+    model.blocks[1].register_forward_pre_hook(lambda module, args: seen.append((args[3], args[2].dtype, args[4].dtype)))
     whole = infctx(model)(**given)[0]
     pieces, after = infctx(model, 16)(**given)
-    assert [w is None or w.dtype for w, _ in seen] == [True, True] + [torch.float32] * 3 and after.wkv.dtype == torch.float32
+    assert [w is None or w.dtype for w, *_ in seen] == [True, True] + [torch.float32] * 3 and {x.dtype for x in vars(after).values()} == {torch.float32}
+    assert {kind for _, *shifts in seen for kind in shifts} == {torch.bfloat16}      # the block computes in its own type
     assert rel(pieces, whole) < 1e-3
 
 

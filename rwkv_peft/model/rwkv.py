@@ -144,7 +144,7 @@ def run_blocks(model: RWKV, x: Tensor, state: State | None, resets: Tensor | Non
     remember = model.grad_cp and torch.is_grad_enabled()
     blank, v_first, kept = x.new_zeros(x.shape[0], x.shape[2]), None, []
     for i, block in enumerate(model.blocks):
-        before = (blank, None, blank) if state is None else (state.att_shift[i], state.wkv[i], state.ffn_shift[i])
+        before = (blank, None, blank) if state is None else (state.att_shift[i].to(x.dtype), state.wkv[i], state.ffn_shift[i].to(x.dtype))
         args = (x, v_first, *before, resets, model.backend)
         x, v_first, *after = checkpoint(block, *args, use_reentrant=False) if remember else block(*args)
         kept.append([part.clone() for part in after] if remember else after)      # a shift is a view, which would keep its whole sequence

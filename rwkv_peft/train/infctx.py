@@ -30,6 +30,7 @@ def in_pieces(model: nn.Module, chunk_ctx: int, bptt: str, tokens: Tensor, state
         again = torch.is_grad_enabled() and i < n - 1      # the last piece goes backward at once
         read = partial(checkpoint, forward, use_reentrant=False) if again else forward
         loss, carried = read(model, some, carried, resets=reset, targets=y, weights=w, **more)
+        carried = carried.to(dtype=torch.promote_types(carried.att_shift.dtype, torch.float32))
         if bptt == "truncated": carried = carried.detach()
         if i < own: state = carried
         losses.append(loss)
