@@ -50,10 +50,10 @@ def close(one, other): assert len(one) == len(other) and all(abs(a - b) < 1e-5 *
 def ranks_in(folder): return [p for p in psutil.process_iter(["cmdline"]) if "rwkv_peft.train.launch" in (p.info["cmdline"] or []) and any(str(folder) == word for word in p.info["cmdline"])]
 
 
-def until(what, limit=120):
+def until(what, limit=120, tell=lambda: "it did not happen"):
     end = time.monotonic() + limit
     while not (found := what()) and time.monotonic() < end: time.sleep(.02)
-    assert found, "it did not happen"
+    assert found, tell()
     return found
 
 
@@ -154,7 +154,7 @@ def test_ctrl_c_in_a_shell_and_a_killed_parent(place):
         assert len(ranks_in(folder)) == 3, "the launcher and two ranks"
         parent.send_signal(number)
         out, err = parent.communicate(timeout=120)
-        until(lambda: not ranks_in(folder))
+        until(lambda: not ranks_in(folder), tell=lambda: (name, [(p.pid, p.ppid(), p.status(), p.cpu_times(), p.info["cmdline"]) for p in ranks_in(folder)], (folder / "ranks/log.txt").read_text(), read_events(folder / "events.jsonl")[-3:]))
         last = read_events(folder / "events.jsonl")[-1]
         assert last["event"] == "stopped" and checkpoints(folder)[-1] == last["step"] == steps_in(folder)[-1], (out, err)
         if number == signal.SIGINT: assert parent.returncode == 130 and f"stopped at step {last['step']}" in out and "Traceback" not in out + err
