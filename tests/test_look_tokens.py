@@ -15,6 +15,7 @@ from rwkv_peft.data.rows import DataError
 from rwkv_peft.look.tokens import WorstRows, compare, judged, loss_ribbon, read_losses, roles_of, spelled, worst_rows
 from rwkv_peft.model.state import State
 from rwkv_peft.model.tokenizer import Bytes, World
+from rwkv_peft.show.html import token_ribbon
 from rwkv_peft.train.evaluate import evaluate
 
 torch.set_num_threads(1)
@@ -264,3 +265,10 @@ def test_a_broken_model_is_shown_as_broken():
     assert "underline dotted" in html and "the model is broken here" in html
     worst = worst_rows(model, [Example(torch.tensor([0, 66]), torch.tensor([0., 1.]))])
     assert math.isnan(worst[0]["loss"])
+
+
+def test_a_ribbon_fades_and_scales_as_told():
+    html = token_ribbon(["a", "b", "c"], [4., -1., 0.], faint=[True, False, True], top=4)
+    assert html.count("<u ") == 1 and "underline dashed" in html and html.count("opacity:.65") == 2
+    assert token_ribbon(["a"], [1.], top=4) != token_ribbon(["a"], [1.]) and token_ribbon(["a"], [9.], top=4) == token_ribbon(["a"], [4.], top=4)
+    with pytest.raises(ValueError, match="2 of faint"): token_ribbon(["a"], [1.], faint=[True, False])
