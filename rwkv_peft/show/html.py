@@ -55,25 +55,28 @@ def table(rows: Mapping | Sequence[Sequence], head: Sequence[str] | None = None,
 # %% ../../nbs/show/10_html.ipynb #b7669321
 _BLUE, _ORANGE = "70,140,230", "225,125,40"     # painted at up to 45 % over either background
 
-def _painted(piece: str, value: float, top: float, title: str | None) -> Html:
+def _painted(piece: str, value: float, top: float, title: str | None, faint: bool) -> Html:
     shown = escape(piece).replace("\r", "␍").replace("\n", "↵\n") or "∅"
-    if value == 0: return tag("span", Html(shown), title=title)
+    if value == 0: return tag("span", Html(shown), title=title, style="opacity:.65" if faint else None)
     finite = math.isfinite(value)
     rgb = "128,128,128" if not finite else _BLUE if value > 0 else _ORANGE
     line = "dotted" if not finite else "solid" if value > 0 else "dashed"
     strength = .12 + .33 * (min(1, abs(value) / top) if finite and top else 1)
+    if faint: return tag("span", Html(shown), title=title, style=f"background:rgba({rgb},{strength:.2f});opacity:.65")
     style = f"background:rgba({rgb},{strength:.2f});text-decoration:underline {line} 1px;text-underline-offset:3px"
     return tag("u", Html(shown), title=title, style=style)
 
 # %% ../../nbs/show/10_html.ipynb #16da461b
-def token_ribbon(pieces: Sequence[str], values: Sequence[float], titles: Sequence[str] | None = None, legend: str = "", limit: int = 3000) -> Html:
+def token_ribbon(pieces: Sequence[str], values: Sequence[float], titles: Sequence[str] | None = None, legend: str = "", limit: int = 3000,
+                 top: float | None = None, faint: Sequence[bool] | None = None) -> Html:
     """Tokens in a row, each painted by its value: 0 plain, positive blue and underlined, negative orange and dashed.
-    `titles` are shown on hover; pieces after `limit` are counted, not drawn."""
+    `titles` are shown on hover; pieces after `limit` are counted, not drawn. top: the value from which the colour is full; None: the largest.
+    faint: which pieces stand back, faded and never underlined."""
     values = [float(v) for v in values]
-    if len(values) != len(pieces) or titles is not None and len(titles) != len(pieces):
-        raise ValueError(f"a ribbon needs one value (and title) for each piece: {len(pieces)} pieces, {len(values)} values, {len(titles or pieces)} titles")
-    top = max((abs(v) for v in values if math.isfinite(v)), default=0)
-    drawn = [_painted(p, v, top, titles[i] if titles else None) for i, (p, v) in enumerate(zip(pieces[:limit], values))]
+    if any(len(other) != len(pieces) for other in (values, titles, faint) if other is not None):
+        raise ValueError(f"a ribbon needs one value (and title) for each piece: {len(pieces)} pieces, {len(values)} values, {len(titles or pieces)} titles" + (f", {len(faint)} of faint" if faint else ""))
+    top = max((abs(v) for v in values if math.isfinite(v)), default=0) if top is None else top
+    drawn = [_painted(p, v, top, titles[i] if titles else None, bool(faint and faint[i])) for i, (p, v) in enumerate(zip(pieces[:limit], values))]
     rest = f" … and {len(pieces) - limit:,} more tokens" if len(pieces) > limit else ""
     font = "white-space:pre-wrap;overflow-wrap:anywhere;font-family:monospace;line-height:1.7"
     note = tag("div", legend, style="opacity:.75;font-size:.9em;margin-top:.3em") if legend else ""
