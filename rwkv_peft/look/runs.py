@@ -9,7 +9,7 @@ __all__ = ['WINDOW', 'DIVERGED', 'RISE', 'FLAT', 'FLAT_STEPS', 'OVERFIT', 'SPIKE
            'run_facts', 'runs_in', 'runs_table', 'settings_that_differ', 'outcome', 'by_tokens', 'newest_samples',
            'RunDifference', 'comparable', 'difference']
 
-# %% ../../nbs/look/60_runs.ipynb #de8f8df8
+# %% ../../nbs/look/60_runs.ipynb #b1e08732
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import chain
@@ -24,7 +24,7 @@ from ..show.html import AS_TEXT, Html, table, tag
 from ..train.config import Config
 from ..train.events import read_events, timeline
 from ..train.folder import holds_run, load_rows
-from ..train.loop import Run
+from ..train.loop import Run, finetune
 
 # %% ../../nbs/look/60_runs.ipynb #9720c1df
 def history(source: Run | str | Path | Iterable[Mapping]) -> list[dict]:
@@ -71,11 +71,15 @@ class Remark:
 
     def _repr_html_(self) -> str: return str(remark_list([self]))
 
-# %% ../../nbs/look/60_runs.ipynb #1850e7dd
+# %% ../../nbs/look/60_runs.ipynb #2daae623
+def _brief(value: Any, longest: int = 160) -> str:
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= longest else f"{text[:longest]}… ({len(text):,} characters)"
+
 def remark_list(found: Sequence[Remark]) -> Html:
     "Remarks as a list: kind and step in bold, then the sentence. Text of rows in it stays text."
     if not found: return tag("div", "nothing remarkable", style="opacity:.75")
-    return tag("ul", *(tag("li", tag("b", f"{r.kind}, step {r.step:,}: "), tag("bdi", r.text)) for r in found), style="margin:.3em 0;overflow-wrap:anywhere", class_=AS_TEXT)
+    return tag("ul", *(tag("li", tag("b", f"{r.kind}, step {r.step:,}: "), tag("bdi", _brief(r.text, 600))) for r in found), style="margin:.3em 0;overflow-wrap:anywhere", class_=AS_TEXT)
 
 # %% ../../nbs/look/60_runs.ipynb #d75a467f
 WINDOW = 5          # steps of a running median: the loss of a step jumps by tens of per cent with its rows, a median of five doesn't
@@ -89,13 +93,13 @@ BEFORE = 50         # steps before, at most; the norm drifts over a run
 LEAST = 8           # steps before, at least: the first steps have no measure yet
 TOLD = 3            # spikes that get a remark of their own, the largest
 
-# %% ../../nbs/look/60_runs.ipynb #14904662
+# %% ../../nbs/look/60_runs.ipynb #3faa81eb
 def warm_up(events: Sequence[Mapping]) -> list[Remark]:
     "Where the learning rate reaches its highest; nothing while it still rises."
     steps, rates = column(events, "step", "lr")
     if not rates or not all(map(math.isfinite, rates)): return []
     top = max(rates)
-    at = next(i for i, rate in enumerate(rates) if rate >= top * (1 - 1e-9))
+    at = next(i for i, rate in enumerate(rates) if rate >= top - 1e-9 * abs(top))
     if at == 0: return [Remark("learning rate", steps[0], f"it is at its highest, {top:.3g}, in the first step: there is no warm-up")]
     return [Remark("warm-up", steps[at], f"the learning rate has reached its highest, {top:.3g}")] if at < len(rates) - 1 else []
 
@@ -240,17 +244,13 @@ def runs_in(folder: str | Path = "runs", by: str = "date", descending: bool | No
     down = by in ("date", "step", "tokens/s") if descending is None else descending
     return sorted((f for f in found if _known(f[by])), key=lambda f: f[by], reverse=down) + [f for f in found if not _known(f[by])]
 
-# %% ../../nbs/look/60_runs.ipynb #b44265b5
+# %% ../../nbs/look/60_runs.ipynb #decad1b4
 def runs_table(folder: str | Path = "runs", by: str = "date", descending: bool | None = None) -> Html:
     "The runs in `folder` as a table, the newest first, or ordered `by` another column of it. ValueError for a column that it hasn't."
     found = runs_in(folder, by, descending)
     if not found: return tag("div", f"there are no runs in {str(folder)!r} yet")
     cell = lambda name, x: "" if x is None else f"{x / 2 ** 30:.2f} GiB" if name == "memory" else f"{x:,.0f}" if name == "tokens/s" else tag("bdi", _brief(x)) if isinstance(x, str) else x
     return tag("div", table([[cell(name, facts[name]) for name in COLUMNS] for facts in found], head=COLUMNS), style="overflow-x:auto")
-
-def _brief(value: Any, longest: int = 160) -> str:
-    text = value if isinstance(value, str) else repr(value)
-    return text if len(text) <= longest else f"{text[:longest]}… ({len(text):,} characters)"
 
 # %% ../../nbs/look/60_runs.ipynb #4ac0a8c6
 def settings_that_differ(a: Mapping, b: Mapping) -> dict[str, tuple]:
@@ -287,7 +287,7 @@ def newest_samples(events: Sequence[Mapping]) -> dict[str, dict]:
     "prompt -> the newest `sample` event for it."
     return {e["prompt"]: e for e in events if e.get("event") == "sample"}
 
-# %% ../../nbs/look/60_runs.ipynb #6c07204d
+# %% ../../nbs/look/60_runs.ipynb #58d08a5c
 @dataclass(frozen=True, repr=False)
 class RunDifference:
     "Two runs beside each other. Pairs are (of a, of b); `results` has a - b as a third; `notes` say what can't be compared."
@@ -301,10 +301,10 @@ class RunDifference:
     def __repr__(self) -> str:
         of = lambda pair: f"{_brief(pair[0], 40)} | {_brief(pair[1], 40)}"
         told = [f"{name}: {of(pair)}" for name, pair in self.settings.items()] + [f"{name}: {a:.4g} - {b:.4g} = {d:+.4g}" for name, (a, b, d) in self.results.items() if d is not None]
-        return "\n".join([f"{_brief(self.names[0], 60)} - {_brief(self.names[1], 60)}", *told, *(f"! {note}" for note in self.notes)])
+        return "\n".join([f"{self.names[0]} - {self.names[1]}", *told, *(f"! {note}" for note in self.notes)])
 
     def _repr_html_(self) -> str:
-        names, text = [tag("bdi", _brief(name, 60)) for name in self.names], lambda value: tag("bdi", _brief(value)) if value is not None else "unset"
+        names, text = [tag("bdi", name) for name in self.names], lambda value: tag("bdi", _brief(value)) if value is not None else "unset"
         number = lambda x, sign="": "" if x is None else f"{x:{sign}.4f}" if abs(x) < 100 else f"{x:{sign},.0f}"
         settings = table([[name, text(a), text(b)] for name, (a, b) in self.settings.items()], head=["setting", *names]) if self.settings else tag("div", "no setting differs")
         results = table([[name, number(a), number(b), number(d, "+")] for name, (a, b, d) in self.results.items()], head=["result", *names, "a − b"])
@@ -324,12 +324,12 @@ def comparable(a: Sequence[Mapping], b: Sequence[Mapping]) -> tuple[str, ...]:
         return (f"before training the held-out losses are {float(x['loss']):.4f} and {float(y['loss']):.4f}: base model or held-out rows are not the same, so look at changes and not at levels",)
     return ()
 
-# %% ../../nbs/look/60_runs.ipynb #d2f4991c
+# %% ../../nbs/look/60_runs.ipynb #7a12d558
 def difference(a: Run | str | Path | Iterable[Mapping], b: Run | str | Path | Iterable[Mapping]) -> RunDifference:
     "Run `a` beside run `b`, each a `Run`, a folder or events: settings that differ, results and their difference, curves over tokens read, samples for the same prompts."
     both = [history(source) for source in (a, b)]
     starts = [next((e for e in events if e.get("event") == "start"), {}) for events in both]
-    names = tuple(str((start.get("config") or {}).get("name") or "run") for start in starts)
+    names = tuple(_brief(str((start.get("config") or {}).get("name") or "run"), 60) for start in starts)
     if names[0] == names[1]: names = (f"{names[0]} (a)", f"{names[1]} (b)")
     results = {name: (x, y, None if None in (x, y) else x - y) for (name, x), y in zip(outcome(both[0]).items(), outcome(both[1]).values())}
     lines = {title: {name: line for name, line in zip(names, (by_tokens(events, kind) for events in both)) if line[0]} for title, kind in (("training loss", "step"), ("held-out loss", "eval"))}
