@@ -214,12 +214,19 @@ def test_what_cannot_be_compared_is_said():
     assert "no held-out loss" in difference(one, [start(), *steps([2.])]).notes[0] and difference(one, one).notes == ()
 
 
+def test_a_report_tells_what_the_curves_show():
+    events = [start(), *evals((0, 3.)), *steps([3 - i * .1 for i in range(20)]), *evals((10, 2.2), (20, 2.5))]
+    html = report(events)
+    assert "what the curves show: learning rate, overfitting" in html and all(str(remark_list([r]))[-60:-15] in html for r in remarks(events))
+    assert "what the curves show" not in report([start()])
+
+
 # ---------------------------------------------------------------- runs that are runs
 
 @pytest.fixture(scope="module")
 def train(tmp_path_factory):
     place, rows = tmp_path_factory.mktemp("runs"), demo_rows("en")
-    common = dict(model="rwkv7-tiny", data=rows[:4], eval_data=rows[100:102], forget_data="none", output=str(place), micro_bsz=4, accumulate=1, lr_init=3e-2, lr_schedule="constant", warmup_steps=2, early_stop=0)
+    common = dict(model="rwkv7-tiny", data=rows[:4], eval_data=rows[100:102], forget_data="none", output=str(place), micro_bsz=2, accumulate=1, lr_init=3e-2, lr_schedule="constant", warmup_steps=2, early_stop=0)
     def go(name, **given):
         run = rwkv_peft.finetune(name=name, **{**common, **given})
         try: run.fit()
@@ -239,7 +246,7 @@ def test_real_runs_are_told_and_subtracted(train):
     assert (last.kind, last.text) == ("not finite", boom.said) and last.rows
     text = "".join(boom.data.tokenizer.decode(boom.data[last.rows[0]].tokens.tolist()).split())
     assert text.strip("\0")[:20] in "".join(Tags(rows_behind(boom.folder, last)).text.split())        # from the folder alone
-    assert f"3 of the {len(last.rows)} rows" in rows_behind(boom, last) and "no rows" in rows_behind(boom, remarks(boom)[0])
+    assert f"1 of the {len(last.rows)} rows" in rows_behind(boom, last, limit=1) and "no rows" in rows_behind(boom, remarks(boom)[0])
     one = train("r-1", max_steps=2, eval_steps=2, r=1)
     d = one - train("r-2", max_steps=2, eval_steps=2, r=2)
     matrices = (d.settings["plan: trained"][1] - d.settings["plan: trained"][0])

@@ -7,9 +7,10 @@ __all__ = ['MEMORY_GPU', 'MEMORY_RAM', 'DISK', 'RULES', 'OURS', 'Change', 'Expla
            'for_memory', 'for_not_finite', 'memory', 'disk', 'numbers', 'device', 'vocabulary', 'base', 'strategy',
            'second', 'setting_names', 'files', 'rows_of_data', 'explain']
 
-# %% ../../nbs/look/65_errors.ipynb #2e386853
+# %% ../../nbs/look/65_errors.ipynb #8479930f
 from dataclasses import dataclass
 from typing import Any, Callable, Mapping, Sequence
+import ast
 import errno
 import re
 from ..show.html import AS_TEXT, Html, table, tag
@@ -35,17 +36,22 @@ class Explanation:
     def __str__(self) -> str: return "\n".join([f"{self.kind}: {self.what}", self.cause, *(f"  {c.setting} = {c.value}    # {c.why}" for c in self.changes)])
     def _repr_html_(self) -> str: return str(error_card(self))
 
-# %% ../../nbs/look/65_errors.ipynb #4cafd42b
+# %% ../../nbs/look/65_errors.ipynb #bf2c83cd
 _FRAME = "color:inherit;background:transparent;border:1px solid color-mix(in srgb, currentColor 25%, transparent);border-left:4px solid #d0621b;border-radius:6px;padding:.6em .9em;max-width:60em;overflow-wrap:anywhere"
 
 def _cut(text: str, longest: int) -> str: return text if len(text) <= longest else f"{text[:longest]}… ({len(text):,} characters, cut here)"
 
+def _assigned(c: Change) -> Html:
+    try: ast.literal_eval(c.value)
+    except (ValueError, SyntaxError): return tag("span", tag("code", c.setting), ": ", c.value)      # words, and no value to copy
+    return tag("code", f"{c.setting} = {c.value}")
+
 def error_card(e: Explanation) -> Html:
     "An `Explanation` as HTML: what happened, the likely cause, the settings to change, and the rows that it's about."
     what = tag("div", _cut(e.what, 2000), dir="auto", style="white-space:pre-wrap;margin:.3em 0")
-    changes = [table([[tag("code", f"{c.setting} = {c.value}"), c.why] for c in e.changes], head=["to change", "because"])] if e.changes else []
+    changes = [table([[_assigned(c), c.why] for c in e.changes], head=["to change", "because"])] if e.changes else []
     rows = [tag("div", tag("b", where), tag("div", _cut(text, 500), dir="auto", style="white-space:pre-wrap;font-family:monospace;margin-left:1em")) for where, text in e.rows]
-    return tag("div", tag("div", tag("b", f"✗ {e.kind}")), what, *rows, tag("div", e.cause, style="margin:.3em 0"), *changes, style=_FRAME, class_=AS_TEXT, role="group", aria_label=f"error: {e.kind}")
+    return tag("div", tag("div", tag("b", f"✗ {e.kind}")), what, *rows, tag("div", *(tag("code", piece) if odd % 2 else piece for odd, piece in enumerate(e.cause.split("`"))), style="margin:.3em 0"), *changes, style=_FRAME, class_=AS_TEXT, role="group", aria_label=f"error: {e.kind}")
 
 # %% ../../nbs/look/65_errors.ipynb #5d53904f
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ __all__ = ['WINDOW', 'DIVERGED', 'RISE', 'FLAT', 'FLAT_STEPS', 'OVERFIT', 'SPIKE
            'run_facts', 'runs_in', 'runs_table', 'settings_that_differ', 'outcome', 'by_tokens', 'newest_samples',
            'RunDifference', 'comparable', 'difference']
 
-# %% ../../nbs/look/60_runs.ipynb #b1e08732
+# %% ../../nbs/look/60_runs.ipynb #4476015d
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import chain
@@ -19,7 +19,7 @@ import math
 import re
 import numpy as np
 from .report import events_file, progress_of
-from ..show.curve import curve
+from ..show.curve import curve, describe
 from ..show.html import AS_TEXT, Html, table, tag
 from ..train.config import Config
 from ..train.events import read_events, timeline
@@ -49,7 +49,7 @@ def evaluation(events: Sequence[Mapping]) -> dict:
     if ends: lines |= {name: ([step for step, _ in ends], [pair[i] for _, pair in ends]) for i, name in enumerate(("95 % from", "95 % to"))}
     return lines | ({"general text": tuple(map(list, zip(*general)))} if general else {})
 
-# %% ../../nbs/look/60_runs.ipynb #62fb1503
+# %% ../../nbs/look/60_runs.ipynb #94650351
 def curves(source: Run | str | Path | Iterable[Mapping], width: int = 640, height: int = 150) -> Html:
     "Loss, learning rate, gradient norm and evaluation of a run over its steps, as SVG in one column; those that weren't measured are left out."
     events = history(source)
@@ -57,7 +57,9 @@ def curves(source: Run | str | Path | Iterable[Mapping], width: int = 640, heigh
     drawn = {"loss, nats a token": {"training": steps("loss"), "held out": column(events, "eval", "loss")}, "learning rate": {"learning rate": steps("lr")},
              "gradient norm, before clipping": {"gradient norm": steps("grad_norm")}, "evaluation, nats a token": evaluation(events)}
     shown = {y: {name: line for name, line in lines.items() if line[0]} for y, lines in drawn.items()}
-    pictures = [tag("div", curve(lines, y=y, width=width, height=height)) for y, lines in shown.items() if lines]
+    at = [step for lines in shown.values() for xs, _ in lines.values() for step in xs]
+    wide = lambda lines: {name: ([min(at), *xs, max(at)], [math.nan, *ys, math.nan]) for name, (xs, ys) in lines.items()}      # the same axis in each
+    pictures = [tag("div", curve(wide(lines), y=y, title=describe(lines, y=y), width=width, height=height)) for y, lines in shown.items() if lines]
     return tag("div", *(pictures or [curve({}, width=width, height=height)]), class_=AS_TEXT)
 
 # %% ../../nbs/look/60_runs.ipynb #bbdbedb7
@@ -244,12 +246,12 @@ def runs_in(folder: str | Path = "runs", by: str = "date", descending: bool | No
     down = by in ("date", "step", "tokens/s") if descending is None else descending
     return sorted((f for f in found if _known(f[by])), key=lambda f: f[by], reverse=down) + [f for f in found if not _known(f[by])]
 
-# %% ../../nbs/look/60_runs.ipynb #decad1b4
+# %% ../../nbs/look/60_runs.ipynb #49181ffb
 def runs_table(folder: str | Path = "runs", by: str = "date", descending: bool | None = None) -> Html:
     "The runs in `folder` as a table, the newest first, or ordered `by` another column of it. ValueError for a column that it hasn't."
     found = runs_in(folder, by, descending)
     if not found: return tag("div", f"there are no runs in {str(folder)!r} yet")
-    cell = lambda name, x: "" if x is None else f"{x / 2 ** 30:.2f} GiB" if name == "memory" else f"{x:,.0f}" if name == "tokens/s" else tag("bdi", _brief(x)) if isinstance(x, str) else x
+    cell = lambda name, x: "" if x is None else f"{x / 2 ** 30:.2f} GiB" if name == "memory" else round(x) if name == "tokens/s" else tag("bdi", _brief(x)) if isinstance(x, str) else x
     return tag("div", table([[cell(name, facts[name]) for name in COLUMNS] for facts in found], head=COLUMNS), style="overflow-x:auto")
 
 # %% ../../nbs/look/60_runs.ipynb #4ac0a8c6
@@ -287,7 +289,7 @@ def newest_samples(events: Sequence[Mapping]) -> dict[str, dict]:
     "prompt -> the newest `sample` event for it."
     return {e["prompt"]: e for e in events if e.get("event") == "sample"}
 
-# %% ../../nbs/look/60_runs.ipynb #58d08a5c
+# %% ../../nbs/look/60_runs.ipynb #e2464c2a
 @dataclass(frozen=True, repr=False)
 class RunDifference:
     "Two runs beside each other. Pairs are (of a, of b); `results` has a - b as a third; `notes` say what can't be compared."
@@ -304,10 +306,10 @@ class RunDifference:
         return "\n".join([f"{self.names[0]} - {self.names[1]}", *told, *(f"! {note}" for note in self.notes)])
 
     def _repr_html_(self) -> str:
-        names, text = [tag("bdi", name) for name in self.names], lambda value: tag("bdi", _brief(value)) if value is not None else "unset"
-        number = lambda x, sign="": "" if x is None else f"{x:{sign}.4f}" if abs(x) < 100 else f"{x:{sign},.0f}"
+        names, text = [tag("bdi", name) for name in self.names], lambda x: "unset" if x is None else x if isinstance(x, (int, float)) and not isinstance(x, bool) else tag("bdi", _brief(x))
+        number = lambda x, beside, sign="": "" if x is None else f"{x:{sign}.4f}" if abs(beside or 0) < 100 else f"{x:{sign},.0f}"
         settings = table([[name, text(a), text(b)] for name, (a, b) in self.settings.items()], head=["setting", *names]) if self.settings else tag("div", "no setting differs")
-        results = table([[name, number(a), number(b), number(d, "+")] for name, (a, b, d) in self.results.items()], head=["result", *names, "a − b"])
+        results = table([[name, number(a, a), number(b, b), number(d, a, "+")] for name, (a, b, d) in self.results.items()], head=["result", *names, "a − b"])
         pictures = [tag("div", curve(lines, x="tokens read", y=title, height=170)) for title, lines in self.lines.items()]
         block = lambda value: tag("div", _brief(value or "", 600), dir="auto", style="white-space:pre-wrap;max-width:18em;overflow-wrap:anywhere")
         samples = [tag("div", table([list(map(block, row)) for row in self.samples], head=["prompt", "base model", *names]), style="overflow-x:auto")] if self.samples else []
