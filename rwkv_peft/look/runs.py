@@ -9,7 +9,8 @@ __all__ = ['WINDOW', 'DIVERGED', 'RISE', 'FLAT', 'FLAT_STEPS', 'OVERFIT', 'SPIKE
            'run_facts', 'runs_in', 'runs_table', 'settings_that_differ', 'outcome', 'by_tokens', 'newest_samples',
            'RunDifference', 'comparable', 'difference']
 
-# %% ../../nbs/look/60_runs.ipynb #4476015d
+# %% ../../nbs/look/60_runs.ipynb #8f22fae6
+from collections import Counter
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import chain
@@ -175,12 +176,12 @@ def spikes(events: Sequence[Mapping]) -> list[tuple[dict, float]]:
         if norms[i] > SPIKE * usual > 0: found.append((steps[i], norms[i] / usual))
     return found
 
-# %% ../../nbs/look/60_runs.ipynb #fcdff611
+# %% ../../nbs/look/60_runs.ipynb #22fd3bd2
 def suspects(events: Sequence[Mapping], found: Sequence[tuple[dict, float]]) -> dict[int, int]:
     "Row -> number of spikes that read it, the most first, for rows that are in at least two, and in spikes at least twice as often as in all steps."
     steps = [e for e in events if e.get("event") == "step" and e.get("rows")]
-    count = lambda part: {i: sum(i in e["rows"] for e in part) for i in {i for e, _ in found for i in e.get("rows") or ()}}
-    spiked, always = count([e for e, _ in found if e.get("rows")]), count(steps)
+    count = lambda part: Counter(i for e in part for i in set(e.get("rows") or ()))
+    spiked, always = count(e for e, _ in found), count(steps)
     named = {i: n for i, n in spiked.items() if n >= 2 and n * len(steps) >= 2 * always[i] * len(found)}
     return dict(sorted(named.items(), key=lambda pair: (-pair[1], pair[0])))
 
