@@ -16,6 +16,6 @@ def lazy(package: str, where: dict):
 _public = {"RWKV": "model.rwkv", "RWKVConfig": "model.rwkv", "LoRA": "peft.lora", "PiSSA": "peft.inits", "OLoRA": "peft.inits", "MiLoRA": "peft.inits", "LoftQ": "peft.inits", "EVA": "peft.inits",
            "Bone": "peft.shards", "MiSS": "peft.shards", "DoRA": "peft.magnitude", "LISA": "peft.lisa", "StateTuning": "peft.state_tuning", "Train": "peft.parts",
            "attach": "peft.adapters", "detach": "peft.adapters", "merge": "peft.adapters", "save_adapter": "peft.adapters", "load_adapter": "peft.adapters", "import_seed": "peft.interop",
-           "read_data": "data.records", "batches": "data.batches", "Config": "train.config", "Run": "train.loop", "finetune": "train.loop",
+           "read_data": "data.records", "batches": "data.batches", "Config": "train.config", "Run": "look.runs", "finetune": "look.runs",
            "load_ipython_extension": "notebook.magic"}
 __getattr__, __dir__ = lazy(__name__, _public)

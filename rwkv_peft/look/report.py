@@ -37,6 +37,7 @@ class Progress:
     saved: str = ""                 # the newest checkpoint
     message: str = ""               # why it ended
     drawing: float = 0.0            # seconds that a display took from the run
+    remarks: tuple = ()             # what `look.runs.remarks` says of it, where somebody asked
 
     @property
     def name(self) -> str: return str(self.config.get("name") or "run")
@@ -159,6 +160,11 @@ def _samples(p: Progress) -> Html:
 def _notes(p: Progress) -> Html:
     return tag("ul", *(tag("li", note) for note in p.notes[-5:]), style="margin:.3em 0") if p.notes else Html("")
 
+def _remarks(p: Progress) -> Html:
+    if not p.remarks: return Html("")
+    from rwkv_peft.look.runs import remark_list
+    return tag("details", tag("summary", f"what the curves show: {', '.join(dict.fromkeys(r.kind for r in p.remarks))}"), remark_list(p.remarks))
+
 # %% ../../nbs/look/10_report.ipynb #173ce784
 def _rows(facts: Mapping, before: str = "") -> dict:
     rows = {}
@@ -182,7 +188,7 @@ def card(p: Progress) -> Html:
     foot = tag("div", *_coded(advice(p)), shown, style="opacity:.75;font-size:.9em;margin-top:.3em")
     facts = {"settings": p.start.get("config"), "plan": as_rows(p.start.get("plan") or {}), "data": p.start.get("data"), "versions": p.start.get("versions")}
     folds = [_fold(title, told or {}) for title, told in facts.items()]
-    return tag("div", _head(p), _numbers(p), _samples(p), _notes(p), foot, *folds, style=_FRAME, class_=AS_TEXT)
+    return tag("div", _head(p), _numbers(p), _samples(p), _notes(p), _remarks(p), foot, *folds, style=_FRAME, class_=AS_TEXT)
 
 # %% ../../nbs/look/10_report.ipynb #ef87dc30
 def plan_card(name: str, plan: Mapping) -> Html:
@@ -233,10 +239,11 @@ def events_file(folder: str | Path) -> Path:
 
 # %% ../../nbs/look/10_report.ipynb #87ada322
 def report(source: str | Path | Iterable[Mapping]) -> Html:
-    "A self-contained HTML page about a run, from its folder or its events: card, what it learnt and what it forgot, curve and every evaluation."
-    events = read_events(events_file(source)) if isinstance(source, (str, Path)) else source
+    "A self-contained HTML page about a run, from its folder or its events: card, what it learnt and what it forgot, what its curves show, curve and every evaluation."
+    from rwkv_peft.look.runs import remarks
+    events = read_events(events_file(source)) if isinstance(source, (str, Path)) else list(source)
     p = progress_of(events)
-    if p.status == "training": p = replace(p, status="stopped")
+    p = replace(p, remarks=tuple(remarks(events)), status="stopped" if p.status == "training" else p.status)
     general = lambda e: _number(e.get("general") or {}, "loss")
     tests = table([[e["step"], float(e["loss"]), "" if general(e) is None else general(e)] for e in p.evals], head=["step", "held-out loss", "general text"]) if p.evals else ""
     return page(p.name, tag("div", tag("h1", p.name), card(p), judgement_table(p), tag("h2", "Loss"), curve(series(p)), tests))

@@ -79,7 +79,7 @@ def _width(text: str) -> float: return sum(11 if ord(c) > 0x2e7f else 6.5 for c 
 def _shelve(names: Sequence[str], room: float) -> list[tuple[int, float, str]]:
     "(row, pixels from the left, name) of each entry in a legend `room` pixels wide: 22 of line, 5 of gap, the name, 18 to the next. A name too long for a row is cut."
     found, row, at = [], 0, 0.0
-    for name in map(str, names):
+    for name in (str(name)[:max(1, int(room))] for name in names):      # a letter is wider than a pixel, so this is cut once more
         while len(name) > 1 and 27 + _width(name) > room: name = name[:-2] + "…"
         if at and at + 27 + _width(name) > room: row, at = row + 1, 0.0
         found.append((row, at, name))
