@@ -273,8 +273,11 @@ def test_the_lab_redraws_what_its_controls_ask_for(monkeypatch):
     assert list(lab.strip.texts) == [0, .5, 1] and "application/vnd.jupyter.widget-view+json" in shown[1] and "live kernel" in shown[1]["text/plain"]
     lab.slider.value = .35
     assert lab.texts[.35] == look.sample_at(model, "hé", .35, max_tokens=20) and "35%" in Tags(sample.shown[-1]).text and not mosaic.shown
+    assert (lab.layer.label, lab.head.label) == ("all layers", "all heads")
     lab.layer.value, lab.head.value = 1, 2
     assert "1 layers by 1 heads" in mosaic.shown[-1].alt and len(sample.shown) == 1
+    lab.layer.label = "all layers"
+    assert "2 layers by 1 heads" in mosaic.shown[-1].alt
     calls = []
     monkeypatch.setattr("rwkv_peft.notebook.state_lab.sample_at", lambda *a: calls.append(a))
     lab.slider.value = .5

@@ -38,7 +38,7 @@ class StateLab:
         "The slider and the menus, made once: a widget. Moving them updates the pictures that `show` displayed."
         import ipywidgets as W
         L, H = self.memory.shape[:2]
-        menu = lambda what, n: W.Dropdown(options=[(f"all {what}s", None), *((f"{what} {i}", i) for i in range(n))], value=None, description=what)
+        menu = lambda what, n: W.Dropdown(options=[(f"all {what}s", -1), *((f"{what} {i}", i) for i in range(n))], value=-1, description=what)
         self.slider = W.FloatSlider(value=1, min=0, max=1, step=.05, description="share", continuous_update=False)
         self.layer, self.head = menu("layer", L), menu("head", H)
         self.slider.observe(lambda change: self.draw("sample"), "value")
@@ -47,7 +47,7 @@ class StateLab:
 
     def draw(self, which: str) -> None:
         "Make the picture `which` (sample or mosaic) again, as the controls stand."
-        drawn = or_error(lambda: self.sample(self.slider.value) if which == "sample" else mosaic(self.memory, self.layer.value, self.head.value))
+        drawn = or_error(lambda: self.sample(self.slider.value) if which == "sample" else mosaic(self.memory, *(menu.value if menu.value >= 0 else None for menu in (self.layer, self.head))))
         if self.pictures.get(which): self.pictures[which].update(drawn)
 
     def show(self) -> None:
