@@ -35,6 +35,7 @@ class TimeMix(nn.Module):
     Called with x (B, T, C) after ln1, v_first (B, T, C) from layer 0 (None there), shift (B, C), wkv (B, H, N, N) or None for a document's start,
     resets (B, T) bool or None.
     Returns (output (B, T, C), v_first, the new shift, the new wkv)."""
+    recurrence = staticmethod(wkv7)
 
     def __init__(self, config, layer: int):
         super().__init__()
@@ -55,7 +56,7 @@ class TimeMix(nn.Module):
         w, k, v, a, b = before_wkv7(decay, k, v, iclr, v_mix, v_first, self.w0.view(-1), self.a0.view(-1), v0,
                                     self.k_k.view(-1), self.k_a.view(-1), self.head_size)
         heads = (z.unflatten(-1, (-1, self.head_size)) for z in (r, w, k, v, a, b))
-        y, wkv = wkv7(*heads, wkv, initial=self.time_state, resets=resets, backend=backend)
+        y, wkv = self.recurrence(*heads, wkv, initial=self.time_state, resets=resets, backend=backend)
         y = after_wkv7(y.flatten(2), r, k, v, g, self.r_k, self.ln_x.weight, self.ln_x.bias, self.ln_x.eps)
         return self.output(y), v if first else v_first, x[:, -1], wkv
 
