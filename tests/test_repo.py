@@ -102,8 +102,9 @@ def test_page_form(page):
     assert ran, "the page's outputs are not stored"
 
 
-def test_readme_is_the_index_page():
-    assert (root / "README.md").read_text(encoding="utf-8") == readme.render(), "run python tests/readme.py"
+@pytest.mark.parametrize("file", readme.SOURCES)
+def test_readme_is_the_index_page(file):
+    assert (root / file).read_text(encoding="utf-8") == readme.render(file), "run python tests/readme.py"
 
 
 def test_library_never_imports_its_tools():
