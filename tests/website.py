@@ -85,7 +85,8 @@ def output_of(output: dict, page: Path) -> str:
     if "text/html" in data: return data["text/html"]
     if "text/markdown" in data: return prose(data["text/markdown"], page)
     if "image/svg+xml" in data: return data["image/svg+xml"]
-    if "image/png" in data: return tag("img", src=f"data:image/png;base64,{''.join(data['image/png'].split())}", alt=output.get("metadata", {}).get("image/png", {}).get("alt", ""))
+    words = output.get("metadata", {}).get("image/png", {}).get("alt") or data.get("text/plain", "")
+    if "image/png" in data: return tag("img", src=f"data:image/png;base64,{''.join(data['image/png'].split())}", alt="" if words.startswith("<") else words)      # a repr is no description
     return f"<pre>{ansi2html(data.get('text/plain', ''))}</pre>"
 
 
