@@ -74,6 +74,13 @@ def test_pieces_of_long_rows():
     assert max(short["peaks"].values()) == pytest.approx(max(long["peaks"].values()), rel=.02)
 
 
+def test_chunk_ctx_is_enough_by_itself():
+    "As in a run: pieces are planned where chunk_ctx is said, whatever train_type says; rows no longer than a piece are whole."
+    peak = lambda length, **said: max(replay(settings(peft="lora", **said), small(), length)["peaks"].values())
+    assert peak(512, chunk_ctx=64) == peak(512, chunk_ctx=64, train_type="infctx") < .7 * peak(512)
+    assert peak(64, chunk_ctx=64) == peak(64)
+
+
 def test_weights_gradients_and_moments_by_hand():
     "Full training in fp32: four bytes of each, and twice that for AdamW."
     sizes = small()

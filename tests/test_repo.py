@@ -102,8 +102,9 @@ def test_page_form(page):
     assert ran, "the page's outputs are not stored"
 
 
-def test_readme_is_the_index_page():
-    assert (root / "README.md").read_text(encoding="utf-8") == readme.render(), "run python tests/readme.py"
+@pytest.mark.parametrize("file", readme.SOURCES)
+def test_readme_is_the_index_page(file):
+    assert (root / file).read_text(encoding="utf-8") == readme.render(file), "run python tests/readme.py"
 
 
 def test_library_never_imports_its_tools():
@@ -120,6 +121,8 @@ def test_outputs_stay_at_home(page):
         outputs = json.dumps(cell.get("outputs", []))
         outputs = outputs.replace("http://www.w3.org/", "")  # the name of SVG's namespace, which nobody fetches
         assert not re.search(r"https?://|src=\\?[\"']//", outputs), f"an output of {cell.source[:60]!r} holds an external address"
+        kinds = {kind for o in cell.get("outputs", []) for kind in o.get("data", {})}
+        assert not [k for k in kinds if "javascript" in k] and not re.search(r"<(?:script|iframe|object|embed|link|base|form)\b|\bon\w+=|@import", "".join(str(o.get("data", {}).get(k, "")) for o in cell.get("outputs", []) for k in ("text/html", "image/svg+xml"))), f"an output of {cell.source[:60]!r} is active"
 
 
 def test_no_path_of_a_machine():

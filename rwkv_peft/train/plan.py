@@ -116,7 +116,7 @@ def ghost(config: Config, sizes: RWKVConfig, device: str, dtype: torch.dtype | N
     gpu = torch.device(device).type == "cuda"
     model.grad_cp = gpu if config.grad_cp == "auto" else config.grad_cp
     model.backend = ("cuda" if model.emb.weight.dtype != torch.float32 else "chunk") if gpu and config.backend in ("auto", "fla") else config.backend
-    if config.train_type == "infctx": infctx(model, config.chunk_ctx, config.bptt)
+    infctx(model, config.chunk_ctx, config.bptt)
     return model.train()
 
 # %% ../../nbs/train/65_plan.ipynb #467534bd
@@ -197,7 +197,7 @@ def stretch(short, long, layers: int):
 # %% ../../nbs/train/65_plan.ipynb #86788882
 def replay(config: Config, sizes: RWKVConfig, length: int, device: str = "cpu", whole: bool = False, **more) -> dict:
     "What `walk` returns for all layers, by walking through two and four of them unless `whole`; of the pieces of a long row (infctx) three, and for each further one the state that it keeps."
-    pieces = -(-length // config.chunk_ctx) if config.train_type == "infctx" else 1
+    pieces = -(-length // config.chunk_ctx) if config.chunk_ctx else 1
     if pieces > 3 and not whole:
         found = replay(config, sizes, 3 * config.chunk_ctx, device, **more)
         state = sizes.n_layer * sizes.n_embd * 4 * (sizes.head_size + 2) * more.get("micro_bsz", 1)
