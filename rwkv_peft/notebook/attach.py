@@ -70,7 +70,7 @@ class Attached:
     def __init__(self, folder: str | Path, view: Any):
         self.folder, self.view, self.left, self.thread = Path(folder), view, threading.Event(), None
         self.events, self.place = new_events(self.folder / "events.jsonl", 0)
-        view.progress = progress_of(self.events)
+        view.progress, view.failed = progress_of(self.events), next((e for e in self.events[-1:] if e["event"] == "error"), None)
 
     @property
     def progress(self) -> Progress: return self.view.progress
