@@ -1,4 +1,5 @@
 "A run that lives in another process, or lived once, followed from its folder alone."
+import asyncio
 import json
 import os
 import subprocess
@@ -77,6 +78,9 @@ def test_new_lines_are_followed_whole_and_in_order(book):
     assert run.wait(LIMIT).progress.status == "stopped" and run.over and run.thread.finished.is_set()
     assert run.events == read_events(folder / "events.jsonl") and progress_of(run.events).curve == run.progress.curve
     assert "stopped, step 3" in repr(run)
+
+    async def awaited(): return await run
+    assert asyncio.run(awaited()) is run
 
 
 def test_looking_away_changes_nothing_and_one_looks_at_a_time(book):

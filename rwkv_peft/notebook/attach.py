@@ -16,6 +16,7 @@ from ..look.report import Progress, progress_of
 from .magic import refuse_taken, usage_error, variable, view_for
 from .worker import Worker, wait
 from ..train.config import nearest
+from ..train.events import read_events
 from ..train.launch import new_events
 
 # %% ../../nbs/notebook/25_attach.ipynb #604d6786
@@ -69,7 +70,8 @@ class Attached:
 
     def __init__(self, folder: str | Path, view: Any):
         self.folder, self.view, self.left, self.thread = Path(folder), view, threading.Event(), None
-        self.events, self.place = new_events(self.folder / "events.jsonl", 0)
+        try: self.events, self.place = new_events(self.folder / "events.jsonl", 0)
+        except ValueError: self.events, self.place = read_events(self.folder / "events.jsonl"), 0      # raises, and names the line
         view.progress, view.failed = progress_of(self.events), next((e for e in self.events[-1:] if e["event"] == "error"), None)
 
     @property

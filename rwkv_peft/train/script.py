@@ -227,7 +227,7 @@ def length_settings(said: Flags, note: Callable[[str], None]) -> dict:
     together = max(1, said("accumulate_grad_batches")) * max(1, devices) * max(1, said("num_nodes"))
     an_epoch = -(-said("epoch_steps") // max(1, said("micro_bsz"))) if "peft_config" in said else said("epoch_steps")
     out = {"micro_bsz": said("micro_bsz"), "accumulate": together, "max_steps": max(1, an_epoch * said("epoch_count") // together), "save_steps": max(1, an_epoch * said("epoch_save") // together), "devices": devices or "auto"}
-    unit = "documents" if "peft_config" in said else f"micro-batches of {said('micro_bsz')} rows"
+    unit = "documents" if "peft_config" in said else f"micro-batches of {said('micro_bsz')} row{'s' * (said('micro_bsz') != 1)}"
     note(f"max_steps = {out['max_steps']}: {said('epoch_count')} x {said('epoch_steps')} {unit}, {together} micro-batch{'es' * (together > 1)} a step; in its place, epochs = 1 goes once through all rows")
     note("save_steps: RWKV-PEFT kept every file; here the newest 3 checkpoints stay, and keep says otherwise")
     if said("num_nodes") > 1:
