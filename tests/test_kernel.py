@@ -1,7 +1,9 @@
-"""The magic in a real kernel, seen through the messages that a notebook sees. One kernel serves all tests but the last: starting one and importing torch
-takes longer than everything that is tested."""
+"""The magic in a real kernel, seen through the messages that a notebook sees: the ipykernel that is installed, and two older ones, which are fetched.
+One kernel of each serves all tests but the last: starting one and importing torch takes longer than everything that is tested."""
 import os
 import re
+import subprocess
+import sys
 import time
 
 import nbformat
@@ -27,9 +29,10 @@ SHORT = BODY + "max_steps = 4; eval_steps = 2\n"
 class Kernel:
     "A kernel, and the messages that each cell brought."
 
-    def __init__(self, folder):
+    def __init__(self, folder, older=""):
         self.manager = KernelManager(kernel_name="python3")
-        self.manager.start_kernel(cwd=str(folder), env={**os.environ, "OMP_NUM_THREADS": "1"})
+        path = os.pathsep.join(filter(None, [str(older), os.environ.get("PYTHONPATH"), os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]))
+        self.manager.start_kernel(cwd=str(folder), env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path})
         self.client = self.manager.client()
         self.client.start_channels()
         self.client.wait_for_ready(timeout=60)
@@ -66,11 +69,16 @@ class Kernel:
     def said(self): return "".join(m["content"]["text"] for m in self.of_kind("stream"))
 
 
-@pytest.fixture(scope="module")
-def kernel(tmp_path_factory):
-    kernel = Kernel(tmp_path_factory.mktemp("kernel"))
+@pytest.fixture(scope="module", params=["installed", "6.31.0", "7.3.0"])
+def kernel(tmp_path_factory, request):
+    older = ""
+    if request.param != "installed":
+        older = tmp_path_factory.mktemp("ipykernel")
+        subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-deps", "--no-compile", "--target", older, f"ipykernel=={request.param}"], check=True)
+    kernel = Kernel(tmp_path_factory.mktemp("kernel"), older)
     reply = kernel.run(SETUP)
     assert reply["status"] == "ok", reply
+    assert request.param == "installed" or kernel.value("import ipykernel; ipykernel.__version__") == repr(request.param)
     yield kernel
     kernel.client.stop_channels()
     kernel.manager.shutdown_kernel(now=True)
@@ -120,12 +128,38 @@ def test_background_returns_at_once_and_only_one_run_lives(kernel):
     assert reply["status"] == "ok"
 
 
+def test_a_button_stops_a_run_in_the_background(kernel):
+    "The click is the message that a front end sends; the main thread is idle."
+    kernel.run("%%rwkv_finetune clicked --background\n" + LONG)
+    kernel.until(stepping) if not any(map(stepping, kernel.messages)) else None
+    kernel.run("import ipywidgets\nbutton = ipywidgets.Button(description='Stop')\nbutton.on_click(lambda _: clicked.stop())\nbutton.layout; button.comm.comm_id")
+    comm = kernel.of_kind("execute_result")[0]["content"]["data"]["text/plain"].strip("'")
+    kernel.client.shell_channel.send(kernel.client.session.msg("comm_msg", {"comm_id": comm, "data": {"method": "custom", "content": {"event": "click"}}}))
+    reply = kernel.run("await clicked\nclicked.report()['status']")
+    assert reply["status"] == "ok" and kernel.said() == ""
+    assert kernel.of_kind("execute_result")[0]["content"]["data"]["text/plain"] == "'stopped'"
+
+
+def test_flags_of_a_script_are_a_body_and_the_run_is_found_by_its_name(kernel):
+    (kernel.folder / "rows.jsonl").write_text("".join(f'{{"text": "{i} + 1 = {i + 1}"}}\n' for i in range(6)))
+    reply = kernel.run("%%rwkv_finetune flags\npython train.py --load_model rwkv7-tiny --data_file rows.jsonl --data_type jsonl --ctx_len 32 \\\n --micro_bsz 2 --epoch_steps 2 --epoch_count 1 --peft lora --grad_cp 0 --n_layer 3")
+    assert reply["status"] == "ok", reply
+    assert "--n_layer" in kernel.said() and any("done" in html and "step 2 of 2" in html for html in kernel.bundles("text/html"))
+    reply = kernel.run("%rwkv_attach flags")
+    assert reply["status"] == "ok" and kernel.said() == "" and any("done" in html for html in kernel.bundles("text/html")) and kernel.bundles("image/png")
+    assert kernel.value("attached.report() == flags.report(), attached is flags") == "(True, False)"
+    kernel.run("%rwkv_env")
+    assert "front end" in kernel.said() and re.search(r"backend loop +yes", kernel.said())
+
+
 def test_errors_reach_the_cell(kernel):
     reply = kernel.run("%%rwkv_finetune wrong\n" + SHORT + "lr_init = 'fast'")
     assert (reply["ename"], reply["evalue"][:12]) == ("UsageError", "body line 4:") and "\n" not in reply["evalue"]
     reply = kernel.run("%%rwkv_finetune diverged\n" + SHORT + "lr_init = 1e30; warmup_steps = 0; grad_clip = 0.0")
     assert reply["ename"] == "UsageError" and "lower lr_init" in reply["evalue"], reply
-    assert any("✗ error" in html for html in kernel.bundles("text/html"))
+    assert any("✗ error" in html and "lr_init = " in html for html in kernel.bundles("text/html"))
+    reply = kernel.run("%rwkv_attach diverged")
+    assert reply["status"] == "ok" and any("✗ error" in html and "lr_init = " in html for html in kernel.bundles("text/html"))
     reply = kernel.run("def broken(*row): raise ZeroDivisionError('a fault of mine')")
     reply = kernel.run("%%rwkv_finetune faulty\n" + SHORT + "template = broken")
     assert reply["ename"] == "UsageError" and "ZeroDivisionError: a fault of mine" in reply["evalue"] and "\n" not in reply["evalue"]

@@ -18,7 +18,7 @@ from rwkv_peft.look.report import report
 from rwkv_peft.notebook import magic
 from rwkv_peft.peft.adapters import detach
 from rwkv_peft.train import loop
-from rwkv_peft.train.config import Config, ConfigError
+from rwkv_peft.train.config import Config, ConfigError, settings_table
 
 NAMES = list(Config.model_fields)
 
@@ -110,7 +110,8 @@ def test_earlier_names_are_seen_inside_functions_too(shell):
     ("data['x'] = 3", 1, ["name = value"]),
     ("model = 'm'\nr = (4", 2, ["never closed"]),
     ("model = 'm", 1, ["unterminated"]),
-    ("--load_model x.pth", 1, ["name = value"]),
+    ("--load_model x.pth --data_file y\n--peft lora --lr_init fast", 2, ["--lr_init 'fast'", "a number"]),
+    ("# a script\nx=1\npython train.py --load_model $y", 3, ["$y is not assigned"]),
     ("model = 'm'\ndata = my_rowz", 2, ["NameError", "my_rowz"]),
     ("model = 'm'\n\n# why\nr = 1 // 0", 4, ["ZeroDivisionError", "r = 1 // 0"]),
     ("model = 'm'\npeft = 'loar'", 2, ["'loar'", "did you mean 'lora'"]),
@@ -315,9 +316,87 @@ def completions(shell, text):
     ("%%rwkv_finetune x\nquant = \"n", ["nf4", "none"], ["int8"]),
     ("%%rwkv_finetune x\noptim = \"lora", ["loraplus", "lorafa"], ["adamw"]),
     ("%%rwkv_finetune x\ndata = my_ro", ["my_rows"], ["model"]),
+    ("%%rwkv_finetune x\n--lo", ["--load_model", "--lora_config", "--loss_mask"], ["--lr_init"]),
+    ("%%rwkv_finetune x\npython train.py --load_model a --pe", ["--peft", "--peft_config"], ["--lr_init"]),
+    ("%rwkv_attach o", ["one-run", "other"], ["two"]),
     ("lr_", [], ["lr_init"]),
 ])
-def test_completion(shell, typed, has, lacks):
+def test_completion(shell, typed, has, lacks, tmp_path, monkeypatch):
     shell.user_ns["my_rows"] = [1]
+    monkeypatch.chdir(tmp_path)
+    for name in ("one-run", "other", "two"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "events.jsonl").touch()
     found = completions(shell, typed)
     assert all(word in found for word in has) and not any(word in found for word in lacks), found
+
+
+def test_every_setting_and_every_allowed_word_is_completed(shell):
+    for row in settings_table():
+        assert row["name"] in magic.complete(f"%%rwkv_finetune x\n{row['name'][:3]}", 1, len(row["name"][:3]))[1]
+        words = [w for w in row["allowed"] if isinstance(w, str)]
+        line = f"{row['name']} = "
+        assert magic.complete(f"%%rwkv_finetune x\n{line}", 1, len(line))[1] == [f'"{w}"' for w in words]
+    for name in NAMES:
+        with pytest.raises(UsageError, match=f"did you mean '"): magic.parse_body(f"{name}x = 1", NAMES)
+
+
+# ---------------------------------------------------------------- flags of a script
+
+SCRIPT = """n=8
+python train.py --load_model m --data_file d --data_type jsonl --proj_dir out/there \\
+  --peft bone --bone_config '{"bone_load":"","bone_r":32}' --micro_bsz $n --n_layer 12
+"""
+
+
+def test_a_script_is_a_body(shell):
+    captured, error = run(shell, "%%rwkv_finetune\n" + SCRIPT)
+    made = shell.made[0].settings
+    assert error is None and {k: made[k] for k in ("model", "data", "name", "output", "peft", "r", "micro_bsz", "lr_init")} == {
+        "model": "m", "data": "d", "name": "there", "output": "out", "peft": "bone", "r": 32, "micro_bsz": 8, "lr_init": 6e-4}
+    assert "note: left out: --n_layer (line 3)" in captured.stdout and "note: lr_init = 0.0006: RWKV-PEFT's default" in captured.stdout
+    captured, error = run(shell, "%%rwkv_finetune here --show-code\n" + SCRIPT)
+    caught = {}
+    exec(captured.stdout.replace("import rwkv_peft\n", "").replace("run.fit()", ""), {"rwkv_peft": SimpleNamespace(finetune=lambda **settings: caught.update(settings))})
+    assert caught == {**{k: v for k, v in made.items() if k != "name"}, "name": "here"}
+
+
+def test_values_of_a_script_are_never_evaluated(shell, tmp_path):
+    place = tmp_path / "made"
+    run(shell, f"%%rwkv_finetune\n--load_model m --data_file \"__import__('os').mkdir('{place}')\" --data_type jsonl --wandb '$(touch {place})'")
+    assert shell.made[0].settings["data"].startswith("__import__") and not place.exists()
+
+
+# ---------------------------------------------------------------- the other magics
+
+def test_attach_from_a_terminal(real, tmp_path):
+    run(real, "%%rwkv_finetune mine" + BODY)
+    captured, error = run(real, "%rwkv_attach mine")
+    assert error is None and "mine: done, step 4 of 4" in captured.stdout
+    assert real.user_ns["attached"].report() == real.user_ns["mine"].report() and real.user_ns["mine"] is real.user_ns["run"]
+    assert "did you mean 'mine'" in complaint(real, "%rwkv_attach mime") and "which run?" in complaint(real, "%rwkv_attach")
+    (tmp_path / "runs/mine/events.jsonl").write_text("no event\n")
+    assert "not an event" in complaint(real, "%rwkv_attach mine")
+
+
+def test_environment_tells_versions_and_no_secrets(shell, monkeypatch):
+    monkeypatch.setenv("SECRET_TOKEN", "hunter2")
+    monkeypatch.setenv("HOME", "/srv/people/anna")
+    monkeypatch.setattr("rwkv_peft.kernels.wkv.backends", lambda: {"cpu": (False, "no compiler; looked in /srv/people/anna/.cache/rwkv/so.txt and /opt/lib/anna/x.so")})
+    captured, error = run(shell, "%rwkv_env")
+    assert error is None and torch.__version__ in captured.stdout and "front end" in captured.stdout and "terminal" in captured.stdout
+    assert "hunter2" not in captured.stdout and "anna" not in captured.stdout and "~/.cache" in captured.stdout and "…/x.so" in captured.stdout
+    assert "takes nothing" in complaint(shell, "%rwkv_env now")
+
+
+def test_front_ends_are_told_apart(monkeypatch):
+    from rwkv_peft.notebook.env import front_end
+    for name in ("VSCODE_PID", "JPY_SESSION_NAME", "PAPERMILL_OUTPUT_PATH"): monkeypatch.delenv(name, raising=False)
+    kernel, plain = SimpleNamespace(user_ns={}, kernel=1), SimpleNamespace(user_ns={})
+    assert front_end(kernel) == "program" and front_end(plain) == "terminal" and front_end(SimpleNamespace(user_ns={"__vsc_ipynb_file__": "a"}, kernel=1)) == "vscode"
+    monkeypatch.setenv("JPY_SESSION_NAME", "a.ipynb")
+    assert front_end(kernel) == "jupyter" and front_end(plain) == "terminal"
+    monkeypatch.setenv("VSCODE_PID", "1")
+    assert front_end(kernel) == "vscode" and front_end(plain) == "terminal"
+    monkeypatch.setitem(sys.modules, "google.colab", ModuleType("google.colab"))
+    assert front_end(kernel) == "colab"

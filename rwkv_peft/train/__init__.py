@@ -1,7 +1,7 @@
 from rwkv_peft import lazy
 
 _public = {"Config": "config", "ConfigError": "config",
-           "read_events": "events",
+           "read_events": "events", "read_script": "script",
            "evaluate": "evaluate",
            "Run": "loop", "finetune": "loop", "TrainingError": "loop",
            "find_lr": "lr_finder"}
