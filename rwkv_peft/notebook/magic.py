@@ -19,6 +19,7 @@ import shlex
 from textwrap import dedent
 import threading
 from ..look.report import Progress, plan_card, progress_of, write_report
+from ..look.runs import remarks
 from .card import LiveCard, TextCard
 from .worker import Worker, wait
 from ..train.config import ConfigError, nearest, settings_table
@@ -216,7 +217,9 @@ class WithReport:
 
     def end(self, error: BaseException | None = None, blind: BaseException | None = None):
         try:
-            if self.folder: write_report(self.folder)
+            if self.folder:
+                write_report(self.folder)
+                self.view.progress = replace(self.view.progress, remarks=tuple(remarks(self.folder)))
         except Exception as e: self.view.progress = replace(self.view.progress, notes=(*self.view.progress.notes, f"report.html was not written: {e}"))
         self.view.end(error, blind)
 
