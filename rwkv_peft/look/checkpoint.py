@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['EDGES', 'half_lives', 'bins', 'half_life_table', 'values_of', 'Contained', 'foreign_kind', 'contained', 'opened',
            'oddities', 'cut', 'is_tied', 'sizes_of', 'storage_table', 'kinds_table', 'adapter_facts', 'state_table',
-           'folder_card', 'checkpoint_card']
+           'facts_table', 'folder_card', 'checkpoint_card']
 
-# %% ../../nbs/look/70_checkpoint.ipynb #ab3407a5
+# %% ../../nbs/look/70_checkpoint.ipynb #88d93e4e
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,10 +20,9 @@ from ..model.checkpoint import by_web_rwkv, config_of, fingerprint, layout, loca
 from ..model.files import CheckpointError, read_tensors
 from ..model.names import to_official
 from ..peft.adapters import AdapterError, methods_of, read_adapter
-from ..show.curve import spark
 from ..show.html import AS_TEXT, Html, escape, table, tag
 
-# %% ../../nbs/look/70_checkpoint.ipynb #0c20f2d9
+# %% ../../nbs/look/70_checkpoint.ipynb #2054082a
 @torch.no_grad()
 def half_lives(tensors: dict[str, Tensor]) -> dict[int, Tensor]:
     "Layer -> tokens (fp64) after which half of a channel's memory is left, at zero input to what makes it depend on the text; one a channel, or one a head where a version has no more. Official names, any version from 4; inf for what never fades."
@@ -34,7 +33,7 @@ def half_lives(tensors: dict[str, Tensor]) -> dict[int, Tensor]:
         out[int(found[1])] = math.log(2) / (math.exp(-.5) * z.sigmoid() if found[2] == "w0" else z.exp())
     return dict(sorted(out.items()))
 
-# %% ../../nbs/look/70_checkpoint.ipynb #e114a48d
+# %% ../../nbs/look/70_checkpoint.ipynb #c2e9e556
 EDGES = (2, 8, 32, 128, 512, 2048)
 
 def bins(lives: Tensor) -> list[int]:
@@ -42,7 +41,7 @@ def bins(lives: Tensor) -> list[int]:
     known = lives[~lives.isnan()]
     return torch.bucketize(known, torch.tensor(EDGES, dtype=known.dtype), right=True).bincount(minlength=len(EDGES) + 1).tolist()
 
-# %% ../../nbs/look/70_checkpoint.ipynb #ceaffa0d
+# %% ../../nbs/look/70_checkpoint.ipynb #9fabbd82
 def half_life_table(lives: dict[int, Tensor]) -> Html:
     "A row for each layer: shortest, median and longest half-life in tokens, and how they spread."
     tokens = lambda x: f"{x:,.1f}" if x < 1000 else f"{x:,.0f}" if x < 1e7 else f"{x:.1e}"
@@ -50,12 +49,11 @@ def half_life_table(lives: dict[int, Tensor]) -> Html:
     for layer, x in lives.items():
         good = x[~x.isnan()]
         row = [tokens(v.item()) for v in (good.min(), good.median(), good.max())] if len(good) else ["–"] * 3
-        counts = bins(x)
-        said = ", ".join(f"{n} {where}" for n, where in zip(counts, ["under 2", *(f"from {e}" for e in EDGES)]) if n)
-        rows.append([layer, *row, tag("span", spark(counts), title=said, role="img", aria_label=f"channels by half-life: {said}", style="font-family:monospace;font-size:1.1em")])
-    return table(rows, head=["layer", "shortest", "median", "longest", "under 2 tokens · 2 · 8 · 32 · 128 · 512 · 2048 and more"])
+        shares = [n / max(1, len(x)) for n in bins(x)]
+        rows.append([layer, *row, *(tag("span", f"{s:.0%}" if s else "", style=f"background:rgba(70,140,230,{.6 * s:.2f});padding:0 .4em") for s in shares)])
+    return table(rows, head=["layer", "shortest", "median", "longest", f"under {EDGES[0]}", *(f"{a} to {b}" for a, b in zip(EDGES, EDGES[1:])), f"{EDGES[-1]} and more"])
 
-# %% ../../nbs/look/70_checkpoint.ipynb #17d3936c
+# %% ../../nbs/look/70_checkpoint.ipynb #2a7be051
 @torch.no_grad()
 def values_of(x: Tensor, piece: int = 1 << 22) -> tuple[int, float, float]:
     "(how many numbers aren't finite, the largest |x| and the root mean square of those that are) of a tensor of any type, `piece` numbers at a time."
@@ -67,7 +65,7 @@ def values_of(x: Tensor, piece: int = 1 << 22) -> tuple[int, float, float]:
         if len(good): top, total = max(top, good.abs().max().item()), total + good.double().square().sum().item()
     return bad, top, math.sqrt(total / max(1, len(flat) - bad))
 
-# %% ../../nbs/look/70_checkpoint.ipynb #443b0de7
+# %% ../../nbs/look/70_checkpoint.ipynb #ed8823eb
 @dataclass
 class Contained:
     "What a file turned out to hold."
@@ -77,7 +75,7 @@ class Contained:
     names: str = "official"                                         # what names it had: official, hf, fla or web-rwkv
     advice: str = ""                                                # what to do with it
 
-# %% ../../nbs/look/70_checkpoint.ipynb #b7c585ca
+# %% ../../nbs/look/70_checkpoint.ipynb #5b262316
 _MAGIC = {b"GGUF": "a GGUF file, as llama.cpp reads", b"ggml": "an old ggml file, as rwkv.cpp reads", b"ggmf": "an old ggml file, as rwkv.cpp reads", b"version https": "a pointer of Git LFS: the file itself was not downloaded",
           b"<!DOCTYPE": "a web page: the download went wrong", b"<html": "a web page: the download went wrong", b"\x1f\x8b": "a gzip archive: unpack it first"}
 
@@ -87,7 +85,7 @@ def foreign_kind(path: Path) -> str | None:
     if not start: return "an empty file"
     return next((what for magic, what in _MAGIC.items() if start.startswith(magic)), None)
 
-# %% ../../nbs/look/70_checkpoint.ipynb #831322e6
+# %% ../../nbs/look/70_checkpoint.ipynb #f1b3c6de
 _ADAPTER = re.compile(r"(?:base_model\.model\.|model\.)?(.+)\.(lora_A|lora_B|lora_magnitude_vector|miss_block|bone_block|bone|disha|adapter\.[\w.]+)(?:\.weight|\.default\.weight)?$")
 
 def contained(tensors: dict[str, Tensor], suffix: str = ".pth") -> Contained:
@@ -101,7 +99,7 @@ def contained(tensors: dict[str, Tensor], suffix: str = ".pth") -> Contained:
     if isinstance(found, str): return Contained(f"RWKV-{found}", "model", plain, names)
     return Contained(found[0], "model" if re.match(r"an RWKV-\d", found[0]) else "other", plain, names, found[1])
 
-# %% ../../nbs/look/70_checkpoint.ipynb #6728c2ad
+# %% ../../nbs/look/70_checkpoint.ipynb #43323edb
 def opened(path: str | os.PathLike) -> Contained:
     "What the file, or the folder with an `.index.json`, at `path` holds. What can't be read comes back as kind `unread`, with the reason; only a path that leads nowhere is a CheckpointError."
     where = Path(locate(path))
@@ -110,10 +108,10 @@ def opened(path: str | os.PathLike) -> Contained:
     tensors = {}
     try:
         for part in shards(where): tensors |= read_tensors(part)
-    except CheckpointError as e: return Contained("nothing that can be read", "unread", advice=str(e))
+    except CheckpointError as e: return Contained("nothing that can be read", "unread", advice=str(e).replace(str(where), where.name))
     return contained(tensors, where.suffix)
 
-# %% ../../nbs/look/70_checkpoint.ipynb #b763cf11
+# %% ../../nbs/look/70_checkpoint.ipynb #2cf9bf5b
 def oddities(found: Contained) -> list[tuple[str, str]]:
     "(what is odd, names) of a model: missing, unknown and misshapen tensors, several types, a head that is the embedding, tuned states. Empty for a plain file."
     x = found.tensors
@@ -128,19 +126,19 @@ def oddities(found: Contained) -> list[tuple[str, str]]:
 def _listed(names: list[str], most: int = 6) -> str:
     return ", ".join(cut(n) for n in names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
-# %% ../../nbs/look/70_checkpoint.ipynb #0eadd180
+# %% ../../nbs/look/70_checkpoint.ipynb #96ed842f
 def cut(text: str, most: int = 120) -> str:
     "`text`, or its beginning and a word on how much follows."
     return text if len(text) <= most else f"{text[:most]}… ({len(text) - most:,} more characters)"
 
-# %% ../../nbs/look/70_checkpoint.ipynb #fb777a86
+# %% ../../nbs/look/70_checkpoint.ipynb #5c300f84
 def is_tied(tensors: dict[str, Tensor]) -> bool | None:
     "Whether head and embedding are the same numbers; None where one of them isn't there."
     emb, head = tensors.get("emb.weight"), tensors.get("head.weight")
     if emb is None or head is None: return None
     return emb.shape == head.shape and len(emb) > 0 and torch.equal(emb[:1], head[:1]) and torch.equal(emb, head)
 
-# %% ../../nbs/look/70_checkpoint.ipynb #6e4aa008
+# %% ../../nbs/look/70_checkpoint.ipynb #d51739ba
 def sizes_of(found: Contained) -> dict:
     "Name -> number or text, for what is a model of any version: layers, width, heads, vocabulary, and whether the head is the embedding."
     x, out = found.tensors, {}
@@ -154,14 +152,14 @@ def sizes_of(found: Contained) -> dict:
     if (tied := is_tied(x)) is not None: out["head"] = "the same numbers as the embedding" if tied else "its own"
     return out
 
-# %% ../../nbs/look/70_checkpoint.ipynb #81e5bee8
+# %% ../../nbs/look/70_checkpoint.ipynb #07a3e0e3
 def storage_table(tensors: dict[str, Tensor]) -> Html:
     "A row for each type: how many tensors and numbers it has, and their bytes."
     rows = Counter(str(x.dtype).removeprefix("torch.") for x in tensors.values())
     of = lambda kind: [x for x in tensors.values() if str(x.dtype).removeprefix("torch.") == kind]
     return table([[kind, n, sum(x.numel() for x in of(kind)), sum(x.nbytes for x in of(kind))] for kind, n in rows.most_common()], head=["stored as", "tensors", "numbers", "bytes"])
 
-# %% ../../nbs/look/70_checkpoint.ipynb #4c3fad35
+# %% ../../nbs/look/70_checkpoint.ipynb #b570e8dd
 def kinds_table(tensors: dict[str, Tensor], values: bool = True) -> tuple[Html, list[str]]:
     "(a row for each kind of tensor, layers folded together: shape, numbers, largest |x| and root mean square; names of the tensors that hold numbers that aren't finite). values=False reads no numbers."
     groups, broken = {}, []
@@ -175,7 +173,7 @@ def kinds_table(tensors: dict[str, Tensor], values: bool = True) -> tuple[Html, 
     if len(groups) > 200: rows.append([f"and {len(groups) - 200:,} more kinds, not shown"])
     return table(rows, head=["tensor", "how many", "shape", "type", "numbers", *(["largest |x|", "root mean square"] if values else [])]), broken
 
-# %% ../../nbs/look/70_checkpoint.ipynb #3b91804e
+# %% ../../nbs/look/70_checkpoint.ipynb #960ac55c
 def adapter_facts(tensors: dict[str, Tensor]) -> dict:
     "Name -> text, for an adapter's tensors: its methods, ranks and matrices."
     parts = [m for m in map(_ADAPTER.match, tensors) if m]
@@ -186,13 +184,18 @@ def adapter_facts(tensors: dict[str, Tensor]) -> dict:
     whole = [n for n in tensors if not _ADAPTER.match(n)]
     return {"method": word, "rank": ", ".join(map(str, ranks)) or "not told by the shapes", "matrices": cut(", ".join(matrices), 300), "scale": "not in this file: alpha stands in adapter_config.json, or in the training's settings", **({"whole tensors beside it": _listed(whole)} if whole else {})}
 
-# %% ../../nbs/look/70_checkpoint.ipynb #fa55b4b9
+# %% ../../nbs/look/70_checkpoint.ipynb #3fbe89ad
 def state_table(tensors: dict[str, Tensor]) -> Html:
     "A row for each layer of a tuned state: its shape, its norm, and the largest norm of a head."
     layer = lambda name: int(name.split(".")[1])
     return table([[layer(n), " × ".join(map(str, x.shape)), x.float().norm().item(), x.float().flatten(1).norm(dim=1).max().item() if x.dim() > 1 and x.numel() else 0.0] for n, x in sorted(tensors.items(), key=lambda e: layer(e[0]))], head=["layer", "heads × size × size", "norm", "largest head"])
 
-# %% ../../nbs/look/70_checkpoint.ipynb #6ae930d3
+# %% ../../nbs/look/70_checkpoint.ipynb #c53ec676
+def facts_table(facts: dict) -> Html:
+    "Name beside value, numbers with commas, all to the left."
+    return table({name: tag("bdi", f"{x:,}" if isinstance(x, int) else x) for name, x in facts.items()})
+
+# %% ../../nbs/look/70_checkpoint.ipynb #15bd2d90
 def folder_card(path: Path) -> Html:
     "The card of an adapter's folder, from its configuration and its tensors."
     try: found, files = read_adapter(path), sorted(p for p in path.iterdir() if p.is_file())
@@ -204,15 +207,15 @@ def folder_card(path: Path) -> Html:
     facts = {"method": cut(methods, 300) if not found.foreign else f"{found.config.get('peft_type')}, of Hugging Face's peft", "matrices": len(found.adapters), "rank": ", ".join(map(str, ranks)) or "–",
              "scales": ", ".join(sorted({f"{found.scale(n):.4g}" for n in found.adapters})) or "–", "whole tensors": len(found.weights), "tuned states": len(found.states),
              "base": cut(str(base.get("source") or found.config.get("base_model_name_or_path") or "not told")), "base's fingerprint": str(base.get("fingerprint") or "not told")[:12], "packed in training": str(found.about.get("quant") or "no")}
-    return _framed(path, "an adapter's folder", [table(facts), table([[p.name, p.stat().st_size] for p in files], head=["file", "bytes"])])
+    return _framed(path, "an adapter's folder", [facts_table(facts), table([[p.name, p.stat().st_size] for p in files], head=["file", "bytes"])])
 
-# %% ../../nbs/look/70_checkpoint.ipynb #b86108a8
+# %% ../../nbs/look/70_checkpoint.ipynb #e8fac7c8
 _FRAME = "color:inherit;background:transparent;border:1px solid color-mix(in srgb, currentColor 25%, transparent);border-radius:6px;padding:.6em .9em;max-width:60em;overflow-x:auto;overflow-wrap:anywhere"
 
 def _framed(path: Path, what: str, parts: list) -> Html:
     return tag("div", tag("div", tag("b", tag("bdi", cut(path.name))), " · ", what, style="margin-bottom:.4em"), *parts, style=_FRAME, class_=AS_TEXT)
 
-# %% ../../nbs/look/70_checkpoint.ipynb #40a4a606
+# %% ../../nbs/look/70_checkpoint.ipynb #d34fda80
 def checkpoint_card(path: str | os.PathLike, values: bool = True) -> Html:
     """What is in a `.pth`, `.safetensors` or `.st`, a bundled name, or a folder (of an adapter, or of parts): kind and version, sizes, types, odd tensors and values, decay half-lives.
 
@@ -221,11 +224,11 @@ def checkpoint_card(path: str | os.PathLike, values: bool = True) -> Html:
     if where.is_dir() and any((where / n).exists() for n in ("adapter_config.json", "rwkv_peft.json")): return folder_card(where)
     found, size = opened(path), where.stat().st_size if where.is_file() else sum(p.stat().st_size for p in where.rglob("*") if p.is_file())
     x = found.tensors
-    facts = {"size": f"{size:,} bytes"} | ({"parameters" if found.kind == "model" else "numbers": sum(t.numel() for t in x.values()), "tensors": len(x)} if x else {})
+    facts: dict = {"size": f"{size:,} bytes"} | ({"parameters" if found.kind == "model" else "numbers": sum(t.numel() for t in x.values()), "tensors": len(x)} if x else {})
     if found.names != "official": facts["names"] = f"{found.names}, shown as official ones" if found.names in ("hf", "fla") else found.names
     if found.kind == "model": facts |= sizes_of(found) | ({} if found.advice else {"fingerprint": fingerprint(x)[:12]})
     if found.kind == "adapter": facts |= adapter_facts(x)
-    parts = [table(facts)] + ([tag("p", cut(found.advice[:1].upper() + found.advice[1:], 600) + ("" if found.advice.endswith(".") else "."))] if found.advice else [])
+    parts = [facts_table(facts)] + ([tag("p", cut(found.advice[:1].upper() + found.advice[1:], 600) + ("" if found.advice.endswith(".") else "."))] if found.advice else [])
     if not x: return _framed(where, found.what, parts)
     kinds, broken = kinds_table(x, values)
     odd = (oddities(found) if found.kind == "model" else []) + ([("not finite", _listed(broken))] if broken else [])

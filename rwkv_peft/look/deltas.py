@@ -8,7 +8,7 @@ __all__ = ['spectrum', 'effective_rank', 'rank_to', 'share_near_top', 'Change', 
            'origin_of', 'contents_of', 'from_model', 'from_files', 'deltas', 'advice', 'change_map', 'energy_curves',
            'by_kind', 'image', 'delta_card', 'History', 'delta_history', 'history_card']
 
-# %% ../../nbs/look/40_deltas.ipynb #59ed1021
+# %% ../../nbs/look/40_deltas.ipynb #037ef561
 from base64 import b64encode
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -38,7 +38,7 @@ from ..show.html import AS_TEXT, Html, table, tag
 from ..train.folder import checkpoints, holds_run, load_config
 from ..train.optim import methods_of
 
-# %% ../../nbs/look/40_deltas.ipynb #79736f61
+# %% ../../nbs/look/40_deltas.ipynb #5aa587f7
 @torch.no_grad()
 def spectrum(change: Tensor | tuple[Tensor, Tensor]) -> Tensor:
     "Singular values, largest first, fp64 on the CPU, of ΔW (out, in), or of B A given as (A (r, in), B (out, r)), which is never built."
@@ -46,20 +46,20 @@ def spectrum(change: Tensor | tuple[Tensor, Tensor]) -> Tensor:
     A, B = (x.detach().to("cpu", torch.float64) for x in change)
     return torch.linalg.svdvals(torch.linalg.qr(B)[1] @ torch.linalg.qr(A.T)[1].T)
 
-# %% ../../nbs/look/40_deltas.ipynb #d306d42f
+# %% ../../nbs/look/40_deltas.ipynb #99bec7ec
 def effective_rank(sigma: Tensor) -> float:
     "exp of the entropy of σ² over its sum: n for n equal singular values, 0 for a matrix of zeros."
     p = sigma.double().square()
     p = p[p > 0] / p.sum()
     return math.exp(-(p * p.log()).sum().item()) if len(p) else 0.0
 
-# %% ../../nbs/look/40_deltas.ipynb #a3b9566e
+# %% ../../nbs/look/40_deltas.ipynb #04fb8e03
 def rank_to(sigma: Tensor, share: float = .9) -> int:
     "How many of the singular values, largest first, hold this share of the sum of squares; 0 for a matrix of zeros."
     energy = sigma.double().square().cumsum(0)
     return int((energy < share * energy[-1] * (1 - 1e-12)).sum()) + 1 if len(energy) and energy[-1] > 0 else 0
 
-# %% ../../nbs/look/40_deltas.ipynb #e0a2d976
+# %% ../../nbs/look/40_deltas.ipynb #288b2233
 @torch.no_grad()
 def share_near_top(change: Tensor | tuple[Tensor, Tensor], W: Tensor, k: int) -> float:
     "Which share of ‖ΔW‖² reads or writes along the `k` largest singular directions of W (out, in). `change` as in `spectrum`; not zero."
@@ -73,7 +73,7 @@ def share_near_top(change: Tensor | tuple[Tensor, Tensor], W: Tensor, k: int) ->
     square = lambda A, B: ((B.T @ B) * (A @ A.T)).sum().item()
     return 1 - square(A - (A @ V.T) @ V, outside(B)) / square(A, B)
 
-# %% ../../nbs/look/40_deltas.ipynb #7aacaf06
+# %% ../../nbs/look/40_deltas.ipynb #b960dc56
 @dataclass(frozen=True)
 class Change:
     "What training added to one tensor, measured. `r` is the rank that was set, None where none was; `base` is ‖W‖ before, None where it isn't known or zero."
@@ -101,7 +101,7 @@ class Change:
     @property
     def layer(self) -> int | None: return int(found[1]) if (found := re.match(r"blocks\.(\d+)\.", self.name)) else None
 
-# %% ../../nbs/look/40_deltas.ipynb #c16afb17
+# %% ../../nbs/look/40_deltas.ipynb #cd739f4c
 @dataclass
 class Moved:
     "A tensor that moved, before it is measured: `before` is W, or None if it isn't known; `change` is ΔW, or (A, B) with ΔW = B A."
@@ -112,7 +112,7 @@ class Moved:
     before: Tensor | None
     change: Tensor | tuple[Tensor, Tensor]
 
-# %% ../../nbs/look/40_deltas.ipynb #c86ec8bd
+# %% ../../nbs/look/40_deltas.ipynb #fbae2acc
 _NO_MATRIX = re.compile(r"\.(r_k|time_\w+)$")      # (heads, size) tables of numbers for single channels, and v6's stacks
 
 @torch.no_grad()
@@ -129,14 +129,14 @@ def measured(moved: Moved) -> Change:
     share = share_near_top(D, W.reshape(shape), top) if len(sigma) and norm and base and math.isfinite(base) and moved.part != "state" else None
     return Change(moved.name, moved.part, shape, moved.r, moved.numbers, norm, base, sigma, top, share)
 
-# %% ../../nbs/look/40_deltas.ipynb #f261b2ae
+# %% ../../nbs/look/40_deltas.ipynb #60dce904
 def rank_of(adapter: nn.Module | None) -> int | None:
     "The rank that an adapter was given; None for those that have none, Bone among them, whose squares change every direction."
     if isinstance(adapter, MiSSAdapter): return len(adapter.D)
     A = getattr(adapter, "A", None) if not hasattr(adapter, "layer") else getattr(getattr(adapter.layer, "lora_A", {}), "default", None)
     return None if A is None else len(getattr(A, "weight", A))
 
-# %% ../../nbs/look/40_deltas.ipynb #913a042f
+# %% ../../nbs/look/40_deltas.ipynb #250870f2
 def in_slot(name: str, adapter: nn.Module | None, now: Tensor, original: Tensor | None) -> Moved:
     "What stands in the slot of one matrix. `now` (out, in) fp64 is W as the model holds it; `original`, from the file, is given where W was trained or rewritten."
     r, numbers = rank_of(adapter), sum(p.numel() for p in adapter.parameters() if p.requires_grad) if adapter is not None else 0
@@ -149,7 +149,7 @@ def in_slot(name: str, adapter: nn.Module | None, now: Tensor, original: Tensor 
     after = now if adapter is None else copy.deepcopy(adapter).to("cpu").double().merged(now)
     return Moved(name, "weight" if adapter is None else "adapter", r, numbers if original is None else numbers + now.numel(), before, after - before)
 
-# %% ../../nbs/look/40_deltas.ipynb #829b3f38
+# %% ../../nbs/look/40_deltas.ipynb #9465ee19
 @torch.no_grad()
 def moved_in_model(model: nn.Module, tensors: dict[str, Tensor] | None, wanted: Callable[[str], bool]) -> Iterator[Moved]:
     "Everything attached to `model` that `wanted(name)`. tensors: the file it came from, needed where base weights were trained or rewritten."
@@ -169,7 +169,7 @@ def moved_in_model(model: nn.Module, tensors: dict[str, Tensor] | None, wanted: 
     states = {n: p for n, p in model.named_parameters() if n.endswith(".att.time_state") and p is not record.states.get(n)}
     yield from moved_states(states, record.states, wanted)
 
-# %% ../../nbs/look/40_deltas.ipynb #5ebf651f
+# %% ../../nbs/look/40_deltas.ipynb #57029dfd
 def moved_states(states: dict[str, Tensor], before: dict[str, Tensor], wanted: Callable[[str], bool]) -> Iterator[Moved]:
     "Tuned states (H, N, N), head by head, less those of `before`, where there are any."
     for name, S in states.items():
@@ -178,7 +178,7 @@ def moved_states(states: dict[str, Tensor], before: dict[str, Tensor], wanted: C
         old = before[name].detach().to(S) if name in before else torch.zeros_like(S)
         for h, (now, was) in enumerate(zip(S, old)): yield Moved(f"{name}[{h}]", "state", None, now.numel(), was, now - was)
 
-# %% ../../nbs/look/40_deltas.ipynb #e6c5c458
+# %% ../../nbs/look/40_deltas.ipynb #cb659db1
 @torch.no_grad()
 def moved_in_files(found: Contents, tensors: dict[str, Tensor] | None, packing: dict, wanted: Callable[[str], bool]) -> Iterator[Moved]:
     "Everything in an adapter's `found` that `wanted(name)`. tensors: of the base, official names, or None: pairs are then measured alone, and AdapterError refuses the rest. packing: see `packing_of`."
@@ -197,7 +197,7 @@ def moved_in_files(found: Contents, tensors: dict[str, Tensor] | None, packing: 
     yield from moved_weights(found, tensors, wanted)
     yield from moved_states(found.states, tensors or {}, wanted)
 
-# %% ../../nbs/look/40_deltas.ipynb #d02557f7
+# %% ../../nbs/look/40_deltas.ipynb #08e4962e
 def moved_weights(found: Contents, tensors: dict[str, Tensor] | None, wanted: Callable[[str], bool]) -> Iterator[Moved]:
     "The base tensors of `found` that carry no adapter. AdapterError without a base, or for one that has no such tensor."
     for name, x in found.weights.items():
@@ -208,7 +208,7 @@ def moved_weights(found: Contents, tensors: dict[str, Tensor] | None, wanted: Ca
         before = tensors[name].double().reshape(x.shape)
         yield Moved(short, "weight", None, x.numel(), before, x.double() - before)
 
-# %% ../../nbs/look/40_deltas.ipynb #fd5bb89e
+# %% ../../nbs/look/40_deltas.ipynb #d63867be
 def contents_at(run: str | os.PathLike, step: int | None = None) -> Contents:
     "The checkpoint of `step` (None: the newest) under a run's folder, as an adapter's contents. FileNotFoundError where there is none; AdapterError for a method that only Hugging Face's peft can compute."
     run, steps = Path(run), checkpoints(run)
@@ -228,14 +228,14 @@ def contents_at(run: str | os.PathLike, step: int | None = None) -> Contents:
     found.weights, found.states = {n: x for n, x in tensors.items() if not n.endswith(".time_state")}, {n: x for n, x in tensors.items() if n.endswith(".time_state")}
     return found
 
-# %% ../../nbs/look/40_deltas.ipynb #fe530b08
+# %% ../../nbs/look/40_deltas.ipynb #a0a4ad1b
 def scale_by(methods: list, name: str) -> float:
     "The s of the pair that one of `methods` put beside the matrix `name`: alpha / r, or by the method's own rule."
     method = next(m for m in methods if hasattr(m, "scale"))
     if not hasattr(method, "scale_of"): return method.scale
     return method.scale_of(next((r for target, r in reversed((method.ranks or {}).items()) if fits_target(target, name)), method.r))
 
-# %% ../../nbs/look/40_deltas.ipynb #5317e22b
+# %% ../../nbs/look/40_deltas.ipynb #22e85595
 @dataclass
 class Deltas:
     "The changes that `deltas` found, in the model's order. Shows itself as a table, a map and a sentence of advice; `found['blocks.0.att.key']` is one of them."
@@ -248,7 +248,7 @@ class Deltas:
     def __repr__(self) -> str: return f"<Deltas of {len(self)} tensors of {self.source}, against {self.against}>"
     def _repr_html_(self) -> str: return str(delta_card(self))
 
-# %% ../../nbs/look/40_deltas.ipynb #98ef105c
+# %% ../../nbs/look/40_deltas.ipynb #290f255f
 def origin_of(source: Any, base: Any) -> tuple[dict[str, Tensor] | None, str]:
     "(tensors of the base, what they are in words) of a path, a bundled name, a model or tensors; for None what a run's folder, or an adapter's, says of its base, or (None, ...) where that is nothing that can be read."
     if isinstance(base, nn.Module): return base_tensors(base), "the model given as base" + (f", its matrices packed as {packed_as(base)}" if packed_as(base) else "")
@@ -261,7 +261,7 @@ def origin_of(source: Any, base: Any) -> tuple[dict[str, Tensor] | None, str]:
     try: return read(name), f"the file {Path(name).name}"
     except CheckpointError as e: return None, f"nothing, so that there is no relative change: {e}"
 
-# %% ../../nbs/look/40_deltas.ipynb #2ee0b15b
+# %% ../../nbs/look/40_deltas.ipynb #68b4deea
 def contents_of(source: str | os.PathLike, step: int | None) -> tuple[Contents, Path | None]:
     "(what was trained, the adapter's folder where it was one) of a run's folder, an adapter's folder, a state file or a whole tuned model."
     place = Path(source)
@@ -274,7 +274,7 @@ def contents_of(source: str | os.PathLike, step: int | None) -> tuple[Contents, 
     tensors = read(place)
     return Contents({}, {n: x for n, x in tensors.items() if not n.endswith(".time_state")}, {n: x for n, x in tensors.items() if n.endswith(".time_state")}, {}, {}), None
 
-# %% ../../nbs/look/40_deltas.ipynb #492c1e03
+# %% ../../nbs/look/40_deltas.ipynb #b09a3e8a
 def from_model(model: nn.Module, base: Any, wanted: Callable[[str], bool]) -> tuple[Iterator[Moved], str]:
     "(what moved, what it is counted from) of a model, with methods attached or bare. MethodError where that takes a base that isn't given, or isn't the right one."
     if getattr(model, "attached", None) is None:
@@ -293,7 +293,7 @@ def from_model(model: nn.Module, base: Any, wanted: Callable[[str], bool]) -> tu
     held = f"the packed base that the model holds ({packed if isinstance(packed, str) else packed['kind']}), dequantised" if packed else "the base weights that the model holds"
     return moved_in_model(model, tensors, wanted), f"{words} for what was trained itself, {held} otherwise" if lost else held
 
-# %% ../../nbs/look/40_deltas.ipynb #241b0ba4
+# %% ../../nbs/look/40_deltas.ipynb #b3a1980e
 def from_files(source: str | os.PathLike, base: Any, step: int | None, wanted: Callable[[str], bool]) -> tuple[Iterator[Moved], str]:
     "(what moved, what it is counted from) of a run's folder, an adapter's, or a file."
     (found, folder), (tensors, words) = contents_of(source, step), origin_of(source, base)
@@ -308,7 +308,7 @@ def from_files(source: str | os.PathLike, base: Any, step: int | None, wanted: C
     if tensors is None: words = "the adapter alone, with " + words
     return moved_in_files(found, tensors, packing, wanted), words + (f", packed as {packing['kind']} and dequantised" if packing and tensors is not None else "")
 
-# %% ../../nbs/look/40_deltas.ipynb #6b91c41c
+# %% ../../nbs/look/40_deltas.ipynb #5445a677
 def deltas(source: Any, base: Any = None, *, step: int | None = None, targets: str | list[str] | None = None) -> Deltas:
     """What training added, tensor by tensor: of a model with methods attached, an adapter's folder, a run's folder (its result, or the checkpoint of `step`), a tuned state, or a whole tuned model beside its base.
 
@@ -324,7 +324,7 @@ def deltas(source: Any, base: Any = None, *, step: int | None = None, targets: s
     name = f"{type(source).__name__} {Path(source.source).name if getattr(source, 'source', None) else ''}".strip() if isinstance(source, nn.Module) else Path(source).name
     return Deltas(found, name + (f", step {step}" if step is not None else ""), against)
 
-# %% ../../nbs/look/40_deltas.ipynb #67547694
+# %% ../../nbs/look/40_deltas.ipynb #b120dfba
 def advice(found: Deltas) -> str:
     "What the spectra suggest, in a sentence or two: a rule over `used`, not a measurement."
     broken = next((c.name for c in found.changes if not math.isfinite(c.norm)), None)
@@ -335,7 +335,7 @@ def advice(found: Deltas) -> str:
     said = [words(part) for part, words in zip(parts, (_of_ranks, _of_whole, _of_states)) if part]
     return " ".join([*said, "A hint from the spectra alone: held-out loss decides."]) if said else "No matrix was changed, so there is no rank to speak of."
 
-# %% ../../nbs/look/40_deltas.ipynb #25522e8c
+# %% ../../nbs/look/40_deltas.ipynb #036a8f8d
 _LARGE = re.compile(r"(^|\.)(receptance|key|value|gate|output|head|emb)$")     # the matrices that could have had an adapter, and the embedding
 
 def _typical(changes: list[Change]) -> tuple[int, int, int]:
@@ -359,7 +359,7 @@ def _of_whole(changes: list[Change]) -> str:
 def _of_states(changes: list[Change]) -> str:
     return f"The tuned states use {_typical(changes)[0]} of {changes[0].shape[0]} directions in the median head."
 
-# %% ../../nbs/look/40_deltas.ipynb #ffafc10c
+# %% ../../nbs/look/40_deltas.ipynb #2e53251e
 def change_map(found: Deltas) -> Any:
     "A map of the relative change in percent, layers down and kinds of tensor across, as an IPython `Image`; of the plain norms where no base is known. None for changes outside all layers."
     from matplotlib.figure import Figure
@@ -372,7 +372,7 @@ def change_map(found: Deltas) -> Any:
     values = torch.tensor([[sum(x) / len(x) if x else math.nan for x in row] for row in grid])
     figure = Figure(figsize=(min(14, 2.2 + .75 * len(kinds)), min(14, 1.6 + .28 * len(layers))))
     axes, top = figure.add_subplot(), values.nan_to_num(0).max().item() or 1.0
-    axes.imshow(values, cmap="Blues", vmin=0, vmax=top, aspect="auto")
+    axes.imshow(values.numpy(), cmap="Blues", vmin=0, vmax=top, aspect="auto")
     axes.set_xticks(range(len(kinds)), kinds, rotation=40, ha="right", fontsize=8)
     axes.set_yticks(range(0, len(layers), step := 1 + len(layers) // 30), layers[::step], fontsize=8)
     axes.set_ylabel("layer")
@@ -385,7 +385,7 @@ def change_map(found: Deltas) -> Any:
     unit = " %" if percent else ""
     return picture(figure, f"Map of {'relative change' if percent else 'norms'} for layers {layers[0]} to {layers[-1]} and {len(kinds)} kinds of tensor" + (f": least in {least.name}, {size(least):.2g}{unit}; most in {most.name}, {size(most):.2g}{unit}" if known else ": nothing finite"))
 
-# %% ../../nbs/look/40_deltas.ipynb #f02a11bd
+# %% ../../nbs/look/40_deltas.ipynb #8c061b44
 def energy_curves(found: Deltas) -> Html:
     "Which share of the change lies in its first n directions, for the matrix that uses fewest, the median one and the one that uses most. Empty where nothing has a spectrum."
     by_use = sorted((c for c in found.changes if len(c.sigma) and c.norm), key=lambda c: (c.used, c.effective))
@@ -396,7 +396,7 @@ def energy_curves(found: Deltas) -> Html:
     series = {f"{word}: {c.name}, {c.used} for 90 %": (range(len(share(c)) + 1), [0.0, *share(c)]) for word, c in chosen.items()}
     return curve(series, x="directions", y="share of the change", height=200)
 
-# %% ../../nbs/look/40_deltas.ipynb #36a71cd9
+# %% ../../nbs/look/40_deltas.ipynb #9c36eb8c
 def by_kind(found: Deltas) -> Html:
     "A table with a row for each kind of tensor: medians over layers (over heads and layers for states)."
     rows, number = [], lambda values, form: form.format(median(values)) if values else "–"
@@ -412,12 +412,12 @@ def by_kind(found: Deltas) -> Html:
     head = ["tensor", "how many", "shape", "rank set", "numbers trained", "effective rank", "directions for 90 %", "‖ΔW‖ / ‖W‖", "most", "along W's largest (by chance)"]
     return tag("div", table(rows, head=head), style="overflow-x:auto")
 
-# %% ../../nbs/look/40_deltas.ipynb #2a02ad8b
+# %% ../../nbs/look/40_deltas.ipynb #1af18a8a
 def image(picture: Any) -> Html:
     "An IPython `Image` of PNG bytes as an `<img>` that holds its data and its words."
     return tag("img", src="data:image/png;base64," + b64encode(picture.data).decode(), alt=picture.alt, style="max-width:100%;display:block")
 
-# %% ../../nbs/look/40_deltas.ipynb #ba4c1679
+# %% ../../nbs/look/40_deltas.ipynb #fb1442af
 def delta_card(found: Deltas) -> Html:
     "What `Deltas` shows: advice, table, map, and how the change spreads over its directions. Loads nothing."
     drawn, curves = change_map(found), energy_curves(found)
@@ -425,11 +425,11 @@ def delta_card(found: Deltas) -> Html:
     head = tag("div", tag("b", tag("bdi", found.source)), f": what training added to {len(found):,} tensors, against ", tag("bdi", found.against))
     parts = [head, tag("p", advice(found)), by_kind(found)]
     parts += [note("Medians over layers. Along W's largest: the share of the change that reads or writes along the k largest singular directions of W, k the rank set (or 16), and at most a quarter of the smaller side.")]
-    if drawn: parts += [image(drawn), note("Darker: the weight moved further. States show the norm of what was added, since they start from nothing." if any(c.part == "state" for c in found.changes) else "Darker: the weight moved further.")]
+    if drawn: parts += [image(drawn), note("Darker: moved further. –: there is none, or it started from nothing, so that there is nothing to compare with.")]
     if curves: parts += [curves, note("A curve that turns early needs few directions; a straight line would need all of them.")]
     return tag("div", *parts, style="color:inherit;background:transparent;max-width:60em", class_=AS_TEXT)
 
-# %% ../../nbs/look/40_deltas.ipynb #52ed4fd8
+# %% ../../nbs/look/40_deltas.ipynb #bc9ac04e
 @dataclass
 class History:
     "Deltas over a run's checkpoints, step -> `Deltas`. Shows itself as two curves and a table."
@@ -439,14 +439,14 @@ class History:
     def __repr__(self) -> str: return f"<History of {self.source}, steps {', '.join(map(str, self.steps))}>"
     def _repr_html_(self) -> str: return str(history_card(self))
 
-# %% ../../nbs/look/40_deltas.ipynb #14c93c5d
+# %% ../../nbs/look/40_deltas.ipynb #cdb069d8
 def delta_history(run: str | os.PathLike, base: Any = None, *, targets: str | list[str] | None = None) -> History:
     "`deltas` of every checkpoint that a run's folder still has. FileNotFoundError where there is none."
     steps = checkpoints(run)
     if not steps: raise FileNotFoundError(f"{run}: there is no checkpoint here; give a run's folder, such as runs/my-run")
     return History({step: deltas(run, base, step=step, targets=targets) for step in steps}, Path(run).name)
 
-# %% ../../nbs/look/40_deltas.ipynb #68c01a7b
+# %% ../../nbs/look/40_deltas.ipynb #3071591f
 def history_card(history: History) -> Html:
     "The median matrix's size, effective rank and directions used, over the checkpoints of a run."
     rows = []
