@@ -39,7 +39,7 @@ def test_half_lives_are_those_of_a_memory_that_fades(version, suffix, tmp_path):
     "The model's own layer, given nothing to react to, halves what it holds when the card says."
     model = small(version).double()
     path = save(model, tmp_path / f"m.{suffix}")
-    card, found = text(checkpoint_card(path)), half_lives(official(model))
+    card, found, mark = text(checkpoint_card(path)), half_lives(official(model)), fingerprint(official(model))
     for layer, block in enumerate(model.blocks):
         att = block.att
         if version == "7":
@@ -55,7 +55,7 @@ def test_half_lives_are_those_of_a_memory_that_fades(version, suffix, tmp_path):
         reached = steps > 0
         assert torch.equal(found[layer][reached].ceil().float(), steps[reached]) and reached.float().mean() > .7
     assert f"RWKV-{version}" in card and "Nothing odd" in card and "Half-lives" in card
-    for said in (f"{sum(p.numel() for p in model.parameters()):,}", "31 tokens", "4 of 8", "float64", f"{path.stat().st_size:,} bytes", fingerprint(official(model))[:12]): assert said in card
+    for said in (f"{sum(p.numel() for p in model.parameters()):,}", "31 tokens", "4 of 8", "float64", f"{path.stat().st_size:,} bytes", mark[:12]): assert said in card
 
 
 def test_version_7_never_forgets_faster_than_its_floor():
@@ -171,10 +171,12 @@ def test_other_names_and_parts(tmp_path):
 
 
 def test_names_are_text_and_long_ones_are_cut(tmp_path):
-    evil = {"<script>alert(1)</script>": torch.zeros(2), "\u202eevil\x1b[31m": torch.zeros(2), "x" * 100_000: torch.zeros(2)} | {f"n{i}{'.a' * i}": torch.zeros(1) for i in range(300)}
+    evil = {"<script>alert(1)</script>": torch.zeros(2), "\u202eevil\x1b[31m": torch.zeros(2), "x" * 100_000: torch.zeros(2)}
     save_file(evil, tmp_path / "<img src=x onerror=alert(2)>.safetensors")
     card = checkpoint_card(tmp_path / "<img src=x onerror=alert(2)>.safetensors")
-    assert "<script" not in card and "<img" not in card and "\x1b" not in card and len(card) < 400_000 and "99,880 more characters" in card and "103 more kinds, not shown" in card
+    assert "<script" not in card and "<img" not in card and "\x1b" not in card and len(card) < 10_000 and "99,880 more characters" in card
+    save_file({f"n{i}{'.a' * i}": torch.zeros(1) for i in range(300)}, tmp_path / "many.safetensors")
+    assert "100 more kinds, not shown" in (card := checkpoint_card(tmp_path / "many.safetensors")) and len(card) < 400_000
     assert cut("a" * 120) == "a" * 120 and contained({}).kind == "other"
 
 
@@ -192,7 +194,7 @@ values_of(torch.zeros(1 << 22))
 private = lambda: int(open("/proc/self/status").read().split("RssAnon:")[1].split()[0])
 before = private()
 card = checkpoint_card({str(path)!r})
-assert "40,000,9" in card or "40,0" in card
+assert "blocks.*.att.w0" in card
 print((private() - before) // 1024)"""
     if not sys.platform.startswith("linux"): pytest.skip("reads /proc")
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

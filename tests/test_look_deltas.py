@@ -198,7 +198,7 @@ def test_zero_and_broken_changes_are_shown(base):
 def test_a_run_over_its_checkpoints(tmp_path):
     "PiSSA's pair less the pair that W lost, of every step's file, by hand."
     run = rwkv_peft.finetune(model="rwkv7-tiny", data=[{"text": f"row {i} of a few"} for i in range(6)], peft="pissa", r=4, alpha=6, targets=["blocks.1.ffn.key", "blocks.4.att.key"], max_steps=4, save_steps=2, keep=5,
-                             micro_bsz=2, accumulate=1, eval_split=0, lr_init=1e-3, name="<b>run & \u202eevil", output=str(tmp_path), device="cpu").fit()
+                             micro_bsz=2, accumulate=1, eval_split=0, lr_init=1e-3, name="run", output=str(tmp_path), device="cpu").fit()
     history = delta_history(run.folder)
     assert list(history.steps) == [2, 4]
     for step, found in history.steps.items():
@@ -210,7 +210,10 @@ def test_a_run_over_its_checkpoints(tmp_path):
     for c in history.steps[4].changes: assert np.allclose(c.sigma, result[c.name].sigma, rtol=1e-5, atol=1e-9) and math.isclose(c.norm, live[c.name].norm, rel_tol=1e-5)
     (run.folder / "adapter").rename(tmp_path / "elsewhere")                                          # a run that was stopped has none: the settings tell the scale
     assert math.isclose(deltas(run.folder)["blocks.4.att.key"].norm, live["blocks.4.att.key"].norm, rel_tol=1e-5)
-    for html in (history._repr_html_(), result._repr_html_()): assert "<b>run" not in html and "&lt;b&gt;run &amp; " in html and "<bdi>" in html
+    assert "run</bdi>" in history._repr_html_() and all(Alts(history._repr_html_()).alts)
+    evil = (tmp_path / "elsewhere").rename(tmp_path / "<script>x & \u202ey")
+    html = deltas(evil, "rwkv7-tiny")._repr_html_()
+    assert "<script" not in html and "<bdi>&lt;script&gt;x &amp; \u202ey</bdi>" in html
     with pytest.raises(FileNotFoundError, match="there are \\[2, 4\\]"): deltas(run.folder, step=3)
 
 
@@ -232,7 +235,7 @@ def test_the_card_holds_all_it_shows(base):
     seen = Alts(delta_card(found))
     assert len(seen.alts) == 2 and all(seen.alts) and seen.sources == [s for s in seen.sources if s.startswith("data:image/png;base64,")] and not seen.tags & {"script", "style", "link"}
     most = max((c for c in found.changes if c.layer is not None and c.relative is not None), key=lambda c: c.relative)
-    assert most.kind in change_map(found).alt and len(delta_card(found)) < 60_000
+    assert most.kind in change_map(found).alt and len(delta_card(found)) < 100_000
 
 
 def test_what_does_not_fit_is_said_in_a_sentence(base, tmp_path):
