@@ -137,6 +137,11 @@ def test_a_packed_base_is_the_one_that_is_told(kind, base, tmp_path):
         same(found["blocks.1.att.key"], by_hand, w)
         assert kind in found.against and "packed" in found.against
     with pytest.raises(AdapterError, match="can't be told from the adapter alone"): deltas(folder)
+    pissa = stir(quantize(fresh(base, PiSSA(r=3)), kind))
+    A, B, A0, B0 = (array(getattr(pissa.blocks[1].att.key.adapter, k)) for k in ("A", "B", "A0", "B0"))
+    found = deltas(save_adapter(pissa, tmp_path / "p"), base)
+    same(found["blocks.1.att.key"], B @ A - B0 @ A0, array(W))                    # from the W of the file, not from what packing left of the rest
+    assert "packed" not in found.against and np.allclose(deltas(pissa)["blocks.1.att.key"].sigma, found["blocks.1.att.key"].sigma)
     lora = stir(fresh(base, LoRA(r=3)))
     dense, packed = deltas(lora)["blocks.1.att.key"], deltas(quantize(lora, kind))["blocks.1.att.key"]
     assert torch.equal(dense.sigma, packed.sigma) and math.isclose(packed.base, np.linalg.norm(w), rel_tol=1e-6)
@@ -214,6 +219,10 @@ def test_a_run_over_its_checkpoints(tmp_path):
     evil = (tmp_path / "elsewhere").rename(tmp_path / "<script>x & \u202ey")
     html = deltas(evil, "rwkv7-tiny")._repr_html_()
     assert "<script" not in html and "<bdi>&lt;script&gt;x &amp; \u202ey</bdi>" in html
+    save(load("rwkv7-tiny", "cpu", torch.float32), tmp_path / "same.pth")
+    torch.save({n: x + 1 for n, x in torch.load(tmp_path / "same.pth", weights_only=True).items()}, tmp_path / "other.pth")
+    assert deltas(run.folder, tmp_path / "same.pth", step=2).changes[0].norm == history.steps[2].changes[0].norm
+    with pytest.raises(AdapterError, match="another base"): deltas(run.folder, tmp_path / "other.pth", step=2)
     with pytest.raises(FileNotFoundError, match="there are \\[2, 4\\]"): deltas(run.folder, step=3)
 
 
@@ -247,5 +256,6 @@ def test_what_does_not_fit_is_said_in_a_sentence(base, tmp_path):
     assert {c.kind for c in deltas(folder, targets=["att.key", "ffn"]).changes} == {"att.key", "ffn.key", "ffn.value"}
     with pytest.raises(MethodError, match="give what it is to be compared with"): deltas(new_model())
     with pytest.raises(MethodError, match="came from no file"): deltas(attach(new_model(), Train("head")))
+    with pytest.raises(MethodError, match="is not the base it started from"): deltas(fresh(base, Train("head")), other)
     with pytest.raises(AdapterError, match="no run's folder"): deltas(folder, step=3)
     with pytest.raises(FileNotFoundError, match="no checkpoint here"): delta_history(folder)

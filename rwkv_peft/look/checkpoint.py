@@ -50,7 +50,7 @@ def half_life_table(lives: dict[int, Tensor]) -> Html:
         good = x[~x.isnan()]
         row = [tokens(v.item()) for v in (good.min(), good.median(), good.max())] if len(good) else ["–"] * 3
         shares = [n / max(1, len(x)) for n in bins(x)]
-        rows.append([layer, *row, *(tag("span", f"{s:.0%}" if s else "", style=f"background:rgba(70,140,230,{.6 * s:.2f});padding:0 .4em") for s in shares)])
+        rows.append([layer, *row, *(tag("span", f"{s:.0%}" if s else "", style=f"background:rgba(70,140,230,{min(.6, 1.5 * s):.2f});padding:0 .4em") for s in shares)])
     return table(rows, head=["layer", "shortest", "median", "longest", f"under {EDGES[0]}", *(f"{a} to {b}" for a, b in zip(EDGES, EDGES[1:])), f"{EDGES[-1]} and more"])
 
 # %% ../../nbs/look/70_checkpoint.ipynb #2a7be051
@@ -193,7 +193,7 @@ def state_table(tensors: dict[str, Tensor]) -> Html:
 # %% ../../nbs/look/70_checkpoint.ipynb #c53ec676
 def facts_table(facts: dict) -> Html:
     "Name beside value, numbers with commas, all to the left."
-    return table({name: tag("bdi", f"{x:,}" if isinstance(x, int) else x) for name, x in facts.items()})
+    return table({name: tag("bdi", f"{x:,}" if isinstance(x, int) else x, style="overflow-wrap:anywhere") for name, x in facts.items()})
 
 # %% ../../nbs/look/70_checkpoint.ipynb #15bd2d90
 def folder_card(path: Path) -> Html:
@@ -210,7 +210,7 @@ def folder_card(path: Path) -> Html:
     return _framed(path, "an adapter's folder", [facts_table(facts), table([[p.name, p.stat().st_size] for p in files], head=["file", "bytes"])])
 
 # %% ../../nbs/look/70_checkpoint.ipynb #e8fac7c8
-_FRAME = "color:inherit;background:transparent;border:1px solid color-mix(in srgb, currentColor 25%, transparent);border-radius:6px;padding:.6em .9em;max-width:60em;overflow-x:auto;overflow-wrap:anywhere"
+_FRAME = "color:inherit;background:transparent;border:1px solid color-mix(in srgb, currentColor 25%, transparent);border-radius:6px;padding:.6em .9em;max-width:60em;overflow-x:auto"
 
 def _framed(path: Path, what: str, parts: list) -> Html:
     return tag("div", tag("div", tag("b", tag("bdi", cut(path.name))), " · ", what, style="margin-bottom:.4em"), *parts, style=_FRAME, class_=AS_TEXT)

@@ -10,13 +10,13 @@ __all__ = ['spectrum', 'effective_rank', 'rank_to', 'share_near_top', 'Change', 
 
 # %% ../../nbs/look/40_deltas.ipynb #037ef561
 from base64 import b64encode
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median, median_high
 from typing import Any
 import copy
+import json
 import math
 import os
 import re
@@ -31,7 +31,7 @@ from ..model.state import load_state
 from ..peft.adapters import AdapterError, Contents, load_adapter, packed_as, read_adapter
 from ..peft.inits import StartedAdapter, top_svd
 from ..peft.lora import LoRAAdapter, MethodError, fits_target, linears
-from ..peft.shards import BoneAdapter, MiSSAdapter
+from ..peft.shards import MiSSAdapter
 from ..show.curve import curve
 from ..show.figure import picture
 from ..show.html import AS_TEXT, Html, table, tag
@@ -185,15 +185,16 @@ def moved_in_files(found: Contents, tensors: dict[str, Tensor] | None, packing: 
     for name, t in found.adapters.items():
         if not wanted(name): continue
         key, own, r = f"{name}.weight", found.exact.get(name), next((len(t[end]) for end in ("lora_A", "miss_block") if end in t), None)
-        W = None if tensors is None else tensors[key].float() if packing and key not in found.weights and (name != "head" or packing["head"]) else tensors[key].double()
-        if W is not None and W.dtype == torch.float32: W = rounded(W, packing["kind"], packing["double"]).double()
+        file = None if tensors is None else tensors[key].detach().to("cpu", torch.float64)
+        packed = packing and key not in found.weights and not own and (name != "head" or packing["head"])
+        W = file if file is None or not packed else rounded(file.float(), packing["kind"], packing["double"]).double()
         numbers = sum(x.numel() for x in (own or t).values() if not own or x is own["A"] or x is own["B"])
         if key not in found.weights and sorted(t) == ["lora_A", "lora_B"]:
             yield Moved(name, "adapter", len(own["A"]) if own else r, numbers, W, (t["lora_A"].double(), found.scale(name) * t["lora_B"].double()))
             continue
         if W is None: raise AdapterError(f"what was added to {name} can't be told from the adapter alone: give the base model that it was trained on, deltas(folder, base='model.pth')")
         with torch.random.fork_rng(devices=[]): after = found.merged(name, found.weights.get(key, W).double())
-        yield Moved(name, "adapter", len(own["A"]) if own else r, numbers, tensors[key].double() if key in found.weights else W, after - (tensors[key].double() if key in found.weights else W))
+        yield Moved(name, "adapter", len(own["A"]) if own else r, numbers + (file.numel() if key in found.weights else 0), W, after - W)
     yield from moved_weights(found, tensors, wanted)
     yield from moved_states(found.states, tensors or {}, wanted)
 
@@ -205,8 +206,8 @@ def moved_weights(found: Contents, tensors: dict[str, Tensor] | None, wanted: Ca
         if short in found.adapters or not wanted(short): continue
         if tensors is None: raise AdapterError(f"{name} was trained itself, so what was added to it takes the file it started from: give base='model.pth'")
         if name not in tensors or tensors[name].numel() != x.numel(): raise AdapterError(f"{name} is in the trained model with the shape {tuple(x.shape)} and {'in the base with ' + str(tuple(tensors[name].shape)) if name in tensors else 'not in the base'}: give the base that it was trained on")
-        before = tensors[name].double().reshape(x.shape)
-        yield Moved(short, "weight", None, x.numel(), before, x.double() - before)
+        before = tensors[name].detach().to("cpu", torch.float64).reshape(x.shape)
+        yield Moved(short, "weight", None, x.numel(), before, x.detach().to(before) - before)
 
 # %% ../../nbs/look/40_deltas.ipynb #d63867be
 def contents_at(run: str | os.PathLike, step: int | None = None) -> Contents:
@@ -218,7 +219,7 @@ def contents_at(run: str | os.PathLike, step: int | None = None) -> Contents:
     if any("." in key for keys in slots.values() for key in keys): raise AdapterError(f"{run} trains a method of Hugging Face's peft, whose checkpoints only that library can compute: look at its adapter folder, or at the run's model")
     told = next((read_adapter(p) for p in (run / "adapter", config.adapter and Path(config.adapter)) if slots and p and Path(p).exists()), None)
     scale = lambda name: told.about.get("scales", {}).get(name) or told.scale(name) if told and name in told.adapters else scale_by(methods_of(config), name)
-    found, scales = Contents({}, {}, {}, {"peft_type": "LORA", "alpha_pattern": {}}, {"scales": {}}), {n: scale(n) for n, t in slots.items() if "A" in t}
+    found, scales = Contents({}, {}, {}, {"peft_type": "LORA", "alpha_pattern": {}}, {"scales": {}, "base": {"fingerprint": json.loads((run / "data" / "fingerprint.json").read_text())["base"]}}), {n: scale(n) for n, t in slots.items() if "A" in t}
     for name, t in slots.items():
         started = "A0" in t
         if "D" in t: found.adapters[name] = {"bone" if t["D"].dim() == 3 else "miss_block": t["D"]}
@@ -288,9 +289,10 @@ def from_model(model: nn.Module, base: Any, wanted: Callable[[str], bool]) -> tu
     if lost and base is None:
         if not getattr(model, "source", None): raise MethodError(f"deltas: {lost[0]} was changed itself and this model came from no file: give what it was as base=")
         tensors, words = origin_of(None, model.source)
-    if lost and fingerprint(tensors) != model.attached.base and base is None: raise MethodError(f"deltas: {lost[0]} was changed itself and {model.source} is not the base it started from: give that as base=")
-    packed = packed_as(model)
+    if lost and fingerprint(tensors) != model.attached.base: raise MethodError(f"deltas: {lost[0]} was changed itself and {words} is not the base it started from: give that as base=")
+    packed, parted = packed_as(model), any(isinstance(m.adapter, StartedAdapter) for m in linears(model).values())
     held = f"the packed base that the model holds ({packed if isinstance(packed, str) else packed['kind']}), dequantised" if packed else "the base weights that the model holds"
+    if parted: held += ", with the part put back that the method took out of them"
     return moved_in_model(model, tensors, wanted), f"{words} for what was trained itself, {held} otherwise" if lost else held
 
 # %% ../../nbs/look/40_deltas.ipynb #b3a1980e
@@ -302,11 +304,11 @@ def from_files(source: str | os.PathLike, base: Any, step: int | None, wanted: C
         where = base if isinstance(base, (str, os.PathLike)) else load_config(source, {}).model if holds_run(source) else found.about.get("base", {}).get("source")
         if tensors is None or not isinstance(where, (str, os.PathLike)): raise AdapterError(f"{source} holds {found.config.get('peft_type')}, which only Hugging Face's peft can compute over a whole model: give its file, deltas(folder, base='model.pth')")
         return from_model(load_adapter(RWKV.load(where, device="cpu", dtype=torch.float32), folder), None, wanted)
-    if folder is not None and tensors is not None: check_mergeable(found, tensors, folder, words)
+    if tensors is not None and (folder is not None or found.about): check_mergeable(found, tensors, folder or source, words)
     said = trained_over(found, folder) if folder is not None else load_config(source, {}).quant if holds_run(source) else None
     packing = packing_of({"kind": said} if isinstance(said, str) else said)
     if tensors is None: words = "the adapter alone, with " + words
-    return moved_in_files(found, tensors, packing, wanted), words + (f", packed as {packing['kind']} and dequantised" if packing and tensors is not None else "")
+    return moved_in_files(found, tensors, packing, wanted), words + (f", packed as {packing['kind']} and dequantised" if tensors is not None and packing and set(found.adapters) - set(found.exact) else "")
 
 # %% ../../nbs/look/40_deltas.ipynb #5445a677
 def deltas(source: Any, base: Any = None, *, step: int | None = None, targets: str | list[str] | None = None) -> Deltas:
