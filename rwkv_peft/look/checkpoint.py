@@ -169,7 +169,7 @@ def kinds_table(tensors: dict[str, Tensor], values: bool = True) -> tuple[Html, 
         if bad: broken.append(f"{name}: {bad:,} of {x.numel():,}")
         row[0], row[1], row[2], row[3] = row[0] + 1, row[1] + x.numel(), max(row[2], top), row[3] + rms ** 2 * x.numel()
     shown = list(groups.items())[:200]
-    rows = [[tag("bdi", cut(name)), n, " × ".join(map(str, shape)) or "a number", dtype, numbers, *([top, math.sqrt(square / max(1, numbers))] if values else [])] for (name, shape, dtype), (n, numbers, top, square) in shown]
+    rows = [[tag("bdi", cut(name)), n, "\u00a0×\u00a0".join(map(str, shape)) or "a number", dtype, numbers, *([top, math.sqrt(square / max(1, numbers))] if values else [])] for (name, shape, dtype), (n, numbers, top, square) in shown]
     if len(groups) > 200: rows.append([f"and {len(groups) - 200:,} more kinds, not shown"])
     return table(rows, head=["tensor", "how many", "shape", "type", "numbers", *(["largest |x|", "root mean square"] if values else [])]), broken
 
@@ -188,7 +188,7 @@ def adapter_facts(tensors: dict[str, Tensor]) -> dict:
 def state_table(tensors: dict[str, Tensor]) -> Html:
     "A row for each layer of a tuned state: its shape, its norm, and the largest norm of a head."
     layer = lambda name: int(name.split(".")[1])
-    return table([[layer(n), " × ".join(map(str, x.shape)), x.float().norm().item(), x.float().flatten(1).norm(dim=1).max().item() if x.dim() > 1 and x.numel() else 0.0] for n, x in sorted(tensors.items(), key=lambda e: layer(e[0]))], head=["layer", "heads × size × size", "norm", "largest head"])
+    return table([[layer(n), "\u00a0×\u00a0".join(map(str, x.shape)), x.float().norm().item(), x.float().flatten(1).norm(dim=1).max().item() if x.dim() > 1 and x.numel() else 0.0] for n, x in sorted(tensors.items(), key=lambda e: layer(e[0]))], head=["layer", "heads × size × size", "norm", "largest head"])
 
 # %% ../../nbs/look/70_checkpoint.ipynb #c53ec676
 def facts_table(facts: dict) -> Html:

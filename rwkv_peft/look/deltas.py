@@ -409,7 +409,7 @@ def by_kind(found: Deltas) -> Html:
         paid = "–".join(map(str, dict.fromkeys((ranks[0], ranks[-1])))) if ranks else "–"
         used = sorted(c.used for c in full)
         spread = f" ({used[0]}–{used[-1]})" if used and used[0] != used[-1] else ""
-        rows.append([kind, len(group), " × ".join(map(str, group[0].shape)), paid, sum(c.numbers for c in group), number([c.effective for c in full], "{:.1f}"), f"{median_high(used)}{spread}" if used else "–",
+        rows.append([kind, len(group), "\u00a0×\u00a0".join(map(str, group[0].shape)), paid, sum(c.numbers for c in group), number([c.effective for c in full], "{:.1f}"), f"{median_high(used)}{spread}" if used else "–",
                      number(known, "{:.2%}"), f"{max(known):.2%}" if known else "–", f"{median(c.share for c in near):.0%} ({median(c.chance for c in near):.0%})" if near else "–"])
     head = ["tensor", "how many", "shape", "rank set", "numbers trained", "effective rank", "directions for 90 %", "‖ΔW‖ / ‖W‖", "most", "along W's largest (by chance)"]
     return tag("div", table(rows, head=head), style="overflow-x:auto")
