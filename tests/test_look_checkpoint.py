@@ -111,8 +111,12 @@ def rwkv5(): return rwkv4() | {"blocks.0.att.ln_x.weight": torch.ones(8), "block
     ({"conv1.weight": torch.zeros(3, 3, 2, 2), "step": torch.tensor(7)}, ("no RWKV", "conv1.weight", "a number")),
     ({}, ("an empty dictionary",)),
     ({"blocks.0.att.key.lora_A": torch.zeros(4, 8), "blocks.0.att.key.lora_B": torch.zeros(8, 4), "blocks.0.ln1.weight": torch.ones(8)}, ("an adapter", "rank 4", "blocks.0.ln1.weight")),
+    ({"blocks.0.att.key.adapter.A": torch.zeros(4, 8), "blocks.0.att.key.adapter.B": torch.zeros(8, 4)}, ("an adapter", "LoRA", "rank 4")),
+    ({"blocks.0.att.key.A0": torch.zeros(4, 8), "blocks.0.att.key.A": torch.zeros(4, 8)}, ("exact.safetensors", "Give the folder")),
+    ({"layers.0.mixer.D": torch.zeros(4), "layers.0.mixer.A_log": torch.zeros(4)}, ("If it is an RWKV at all",)),
+    ({"blocks.0.ln1.weight": torch.ones(8), "blocks.0.ffn.x_k": torch.ones(8)}, ("some tensors of an RWKV",)),
     ({"blocks.0.att.key.bone": torch.zeros(4, 2, 2)}, ("an adapter", "Bone", "rank 2")),
-], ids=["4", "5.0", "7a", "llama", "vision", "empty", "seed lora", "seed bone"])
+], ids=["4", "5.0", "7a", "llama", "vision", "empty", "seed lora", "checkpoint", "exact", "mamba", "part", "seed bone"])
 def test_strangers_are_named(tensors, said, tmp_path):
     for path, write in ((tmp_path / "x.pth", torch.save), (tmp_path / "x.safetensors", save_file)):
         write(tensors, path)

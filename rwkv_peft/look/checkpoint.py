@@ -90,6 +90,7 @@ _ADAPTER = re.compile(r"(?:base_model\.model\.|model\.)?(.+)\.(lora_A|lora_B|lor
 
 def contained(tensors: dict[str, Tensor], suffix: str = ".pth") -> Contained:
     "What tensors are, by their names and shapes. `suffix` is their file's."
+    if tensors and all(re.fullmatch(r"blocks\.\d+\.(att|ffn)\.\w+\.([AB]0?|D|m)", n) for n in tensors): return Contained("exact.safetensors, a part of an adapter's folder", "other", tensors, advice="give the folder that it lies in")
     if any(map(_ADAPTER.match, tensors)): return Contained("an adapter", "adapter", tensors, advice="put it on its base with load_adapter(model, folder), or import_seed for RWKV-PEFT's files")
     if tensors and all(re.fullmatch(r"blocks\.\d+\.att\.time_state", n) for n in tensors): return Contained("a tuned state", "state", tensors, advice="use it with peft = \"state\" and state = the file, or load_state")
     try: plain, names = to_official(tensors)
@@ -97,7 +98,8 @@ def contained(tensors: dict[str, Tensor], suffix: str = ".pth") -> Contained:
     if by_web_rwkv(plain, suffix): return Contained("a model as web-rwkv and Ai00 keep it", "other", plain, "web-rwkv", "make an official file of it with rwkv-peft import")
     found = version_of(plain)
     if isinstance(found, str): return Contained(f"RWKV-{found}", "model", plain, names)
-    return Contained(found[0], "model" if re.match(r"an RWKV-\d", found[0]) else "other", plain, names, found[1])
+    if found[0].startswith("no RWKV") and any(re.match(r"blocks\.\d+\.(att|ffn|ln\d)\.", n) for n in plain): return Contained("some tensors of an RWKV, whose version these don't tell", "other", plain, names, "such a file lies beside an adapter whose training changed the model's own tensors; give its folder")
+    return Contained(found[0], "model" if re.match(r"an RWKV-\d", found[0]) else "other", plain, names, ("if it is an RWKV at all, " if "Hugging Face" in found[0] else "") + found[1])
 
 # %% ../../nbs/look/70_checkpoint.ipynb #43323edb
 def opened(path: str | os.PathLike) -> Contained:
