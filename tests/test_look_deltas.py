@@ -160,7 +160,7 @@ def test_counts_of_directions(values, share):
     assert math.isclose(effective_rank(sigma), expected, rel_tol=1e-9, abs_tol=1e-12)
 
 
-@pytest.mark.parametrize("out, inside, r", [(1, 7, 1), (7, 1, 1), (5, 9, 9), (33, 20, 4), (90, 700, 3)])
+@pytest.mark.parametrize("out, inside, r", [(1, 7, 1), (7, 1, 1), (5, 9, 9), (33, 20, 4), (90, 700, 3), (400, 300, 3)])
 def test_thin_forms_agree_with_dense_ones(out, inside, r):
     "A rank above the smaller side, and a matrix large enough for the sketch of W's directions."
     g = torch.Generator().manual_seed(out)
@@ -169,10 +169,10 @@ def test_thin_forms_agree_with_dense_ones(out, inside, r):
     D = (B @ A).numpy()
     both = sigma_of(D)
     assert np.allclose(spectrum((A, B))[:min(out, inside)], both[:len(spectrum((A, B)))], atol=1e-10 * both[0]) and np.allclose(spectrum(B @ A), both, atol=1e-10 * both[0])
-    k = max(1, min(out, inside) // 5)
+    k = max(1, min(6, min(out, inside) // 5))
     u, _, vt = np.linalg.svd(W.numpy())
     expected = 1 - np.linalg.norm(u[:, k:].T @ D @ vt[k:].T) ** 2 / np.linalg.norm(D) ** 2
-    assert math.isclose(share_near_top((A, B), W, k), expected, abs_tol=1e-4) and math.isclose(share_near_top(B @ A, W, k), expected, abs_tol=1e-4)
+    assert math.isclose(share_near_top((A, B), W, k), expected, abs_tol=2e-3) and math.isclose(share_near_top(B @ A, W, k), expected, abs_tol=2e-3)
 
 
 def made(used, r=64, side=256, part="adapter", norm=1.0, name="blocks.{}.att.key"):

@@ -62,8 +62,8 @@ def rank_to(sigma: Tensor, share: float = .9) -> int:
 # %% ../../nbs/look/40_deltas.ipynb #288b2233
 @torch.no_grad()
 def share_near_top(change: Tensor | tuple[Tensor, Tensor], W: Tensor, k: int) -> float:
-    "Which share of ‖ΔW‖² reads or writes along the `k` largest singular directions of W (out, in). `change` as in `spectrum`; not zero."
-    U, _, V = top_svd(W, k)
+    "Which share of ‖ΔW‖² reads or writes along the `k` largest singular directions of W (out, in). `change` as in `spectrum`; not zero. For a large W the directions are found by a sketch, good to about 0.01."
+    U, _, V = top_svd(W, k, iterations=4)
     outside = lambda B: B - U @ (U.T @ B)
     if isinstance(change, Tensor):
         D = change.detach().to(U)
@@ -116,8 +116,8 @@ class Moved:
 _NO_MATRIX = re.compile(r"\.(r_k|time_\w+)$")      # (heads, size) tables of numbers for single channels, and v6's stacks
 
 @torch.no_grad()
-def measured(moved: Moved) -> Change:
-    "The `Change` of a tensor that moved. One matrix and its decompositions are in memory at a time."
+def measured(moved: Moved, near: bool = True) -> Change:
+    "The `Change` of a tensor that moved; near=False leaves `share` out. One matrix and its decompositions are in memory at a time."
     thin, D = isinstance(moved.change, tuple), moved.change
     if not thin and not _NO_MATRIX.search(moved.name): D = D.squeeze()
     shape = (len(D[1]), D[0].shape[1]) if thin else tuple(D.shape)
@@ -126,7 +126,7 @@ def measured(moved: Moved) -> Change:
     sigma = spectrum(D) if matrix and finite else torch.zeros(0, dtype=torch.float64)
     norm = (sigma if len(sigma) else D.double() if not thin else D[1].double() @ D[0].double()).norm().item()
     base, top = None if W is None else W.norm().item() or None, min(moved.r or 16, max(1, min(shape) // 4)) if matrix else 0
-    share = share_near_top(D, W.reshape(shape), top) if len(sigma) and norm and base and math.isfinite(base) and moved.part != "state" else None
+    share = share_near_top(D, W.reshape(shape), top) if near and len(sigma) and norm and base and math.isfinite(base) and moved.part != "state" else None
     return Change(moved.name, moved.part, shape, moved.r, moved.numbers, norm, base, sigma, top, share)
 
 # %% ../../nbs/look/40_deltas.ipynb #60dce904
@@ -311,17 +311,17 @@ def from_files(source: str | os.PathLike, base: Any, step: int | None, wanted: C
     return moved_in_files(found, tensors, packing, wanted), words + (f", packed as {packing['kind']} and dequantised" if tensors is not None and packing and set(found.adapters) - set(found.exact) else "")
 
 # %% ../../nbs/look/40_deltas.ipynb #5445a677
-def deltas(source: Any, base: Any = None, *, step: int | None = None, targets: str | list[str] | None = None) -> Deltas:
+def deltas(source: Any, base: Any = None, *, step: int | None = None, targets: str | list[str] | None = None, near: bool = True) -> Deltas:
     """What training added, tensor by tensor: of a model with methods attached, an adapter's folder, a run's folder (its result, or the checkpoint of `step`), a tuned state, or a whole tuned model beside its base.
 
-    base: file, bundled name, model or tensors; None: the one that the source names. targets: names or parts of them, as for `attach`; None: all. One matrix is in memory at a time.
+    base: file, bundled name, model or tensors; None: the one that the source names. targets: names or parts of them, as for `attach`; None: all. near=False leaves out where the changes lie in W, which takes nearly all of the time for a large model's LoRA. One matrix is in memory at a time.
     MethodError, AdapterError or CheckpointError say in one sentence what is missing or doesn't fit."""
     chosen = None if targets is None else [targets] if isinstance(targets, str) else list(targets)
     seen = []
     def wanted(name: str) -> bool: return seen.append(name) or chosen is None or any(fits_target(t, name) for t in chosen)
     moved, against = from_model(source, base, wanted) if isinstance(source, nn.Module) else from_files(source, base, step, wanted)
     number = lambda c: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", c.name)]
-    found = sorted((measured(m) for m in moved), key=number)
+    found = sorted((measured(m, near) for m in moved), key=number)
     if not found: raise MethodError(f"targets: {targets!r} fits nothing that was trained here, such as {seen[0]!r}" if seen else "deltas: nothing here was trained")
     name = f"{type(source).__name__} {Path(source.source).name if getattr(source, 'source', None) else ''}".strip() if isinstance(source, nn.Module) else Path(source).name
     return Deltas(found, name + (f", step {step}" if step is not None else ""), against)
@@ -446,7 +446,7 @@ def delta_history(run: str | os.PathLike, base: Any = None, *, targets: str | li
     "`deltas` of every checkpoint that a run's folder still has. FileNotFoundError where there is none."
     steps = checkpoints(run)
     if not steps: raise FileNotFoundError(f"{run}: there is no checkpoint here; give a run's folder, such as runs/my-run")
-    return History({step: deltas(run, base, step=step, targets=targets) for step in steps}, Path(run).name)
+    return History({step: deltas(run, base, step=step, targets=targets, near=False) for step in steps}, Path(run).name)
 
 # %% ../../nbs/look/40_deltas.ipynb #3071591f
 def history_card(history: History) -> Html:
