@@ -253,6 +253,8 @@ def test_what_does_not_fit_is_said_in_a_sentence(base, tmp_path):
     save(new_model(seed=9), other)
     with pytest.raises(AdapterError, match="another base"): deltas(folder, other)
     with pytest.raises(MethodError, match="fits nothing that was trained here, such as 'blocks.0.att.receptance'"): deltas(load_adapter(load(base, "cpu", torch.float32), folder), targets="att.kex")
+    quick, slow = deltas(folder, base, near=False).changes[0], deltas(folder, base).changes[0]
+    assert quick.share is None and slow.share is not None and torch.equal(quick.sigma, slow.sigma) and quick.relative == slow.relative
     assert {c.kind for c in deltas(folder, targets=["att.key", "ffn"]).changes} == {"att.key", "ffn.key", "ffn.value"}
     with pytest.raises(MethodError, match="give what it is to be compared with"): deltas(new_model())
     with pytest.raises(MethodError, match="came from no file"): deltas(attach(new_model(), Train("head")))
