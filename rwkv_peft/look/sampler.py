@@ -183,7 +183,7 @@ def _label(name: str, s: Sampler) -> str:
     return said.get(name, name)
 
 def _stage_table(stages: list[Stage], token: int, sampler: Sampler) -> Html:
-    three = lambda stage: tag("span", *(x for _, text, p in stage.top[:3] for x in (_shown(text), f" {p:.1%}  ")))
+    three = lambda stage: tag("span", *(tag("span", _shown(text), f" {p:.1%}", "; " if k < 2 else "", style="white-space:nowrap") for k, (_, text, p) in enumerate(stage.top[:3])))
     rows = [[_label(s.name, sampler), s.left, f"{s.kept:.1%}", f"{s.own:.1%}", f"{s.entropy:.2f}", f"{s.p[token]:.1%}", three(s)] for s in stages]
     return tag("div", table(rows, head=["stage", "tokens left", "kept of the stage before", "kept of the model's own", "entropy, bits", "this token", "likeliest"], caption=f"Stages, in {_ORDERS[sampler.order]}"), style="overflow-x:auto")
 

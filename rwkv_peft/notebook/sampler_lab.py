@@ -24,8 +24,8 @@ def sliders(sampler: Sampler) -> dict[str, Any]:
     for name, (low, high, step) in ranges.items():
         value, kind = getattr(sampler, name), W.IntSlider if name == "top_k" else W.FloatSlider
         form = {} if name == "top_k" else {"readout_format": ".3f" if name == "decay" else ".2f"}
-        made[name] = kind(value=value, min=min(low, value), max=max(high, value), step=step, description=name, continuous_update=False, **form)
-    return made | {"order": W.Dropdown(options=list(ORDERS), value=sampler.order, description="order")}
+        made[name] = kind(value=value, min=min(low, value), max=max(high, value), step=step, description=name, style={"description_width": "6.5em"}, continuous_update=False, **form)
+    return made | {"order": W.Dropdown(options=list(ORDERS), value=sampler.order, description="order", style={"description_width": "6.5em"})}
 
 # %% ../../nbs/notebook/50_sampler_lab.ipynb #b9ce66b1
 def picture(recording: Recording, i: int, sampler: Sampler, found: WhatIf) -> Html:
@@ -107,7 +107,7 @@ def widgets(lab: SamplerLab, token: int) -> None:
     "Make the controls of `lab`, and let them call it."
     import ipywidgets as W
     lab.settings = sliders(lab.recording.sampler)
-    lab.token = W.IntSlider(value=token, min=0, max=len(lab.recording) - 1, description="token", continuous_update=False)
+    lab.token = W.IntSlider(value=token, min=0, max=len(lab.recording) - 1, description="token", style={"description_width": "6.5em"}, continuous_update=False)
     lab.again, lab.back = W.Button(description="re-run from here"), W.Button(description="as recorded")
     for widget in (*lab.settings.values(), lab.token): widget.observe(lambda change: lab.draw(), "value")
     lab.again.on_click(lambda button: go_on(lab))
