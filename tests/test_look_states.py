@@ -216,6 +216,11 @@ def test_contributions_are_single_writes_and_sum_to_what_is_read(version, at):
         assert torch.equal(found.y, calls[layer].y[at, head].double()) and abs(found.shares().sum() - 1) < 1e-9
 
 
+def test_a_model_of_bfloat16_is_read_up_to_its_rounding():
+    found = look.who_wrote(make(dtype=torch.bfloat16), "some text", 1, 1)
+    assert torch.allclose(found.parts.sum(0), found.y, atol=.02 * found.y.abs().max().item()) and look.state_over(make(dtype=torch.bfloat16), "ab").norm.isfinite().all()
+
+
 def test_who_wrote_takes_places_from_the_end_and_refuses_others():
     model = make()
     assert torch.equal(look.who_wrote(model, "abc", -1, -1, -2).parts, look.who_wrote(model, "abc", 1, 2, 2).parts)

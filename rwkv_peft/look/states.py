@@ -21,7 +21,7 @@ from ..data.masks import Example
 from ..data.views import pieces_of
 from ..kernels.loop import wkv6_loop, wkv7_loop
 from ..model.sample import Sampler, generate, read
-from ..model.state import State, load_state, mix
+from ..model.state import State, load_state
 from ..peft.lora import MethodError
 from ..peft.state_tuning import start_states, state_after
 from ..show.curve import curve
