@@ -1,4 +1,5 @@
 from rwkv_peft import lazy
 
-_public = {"load_ipython_extension": "magic"}
+_public = {"load_ipython_extension": "magic",
+           "Panel": "panel"}
 __getattr__, __dir__ = lazy(__name__, _public)
