@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['FIRST', 'Place', 'PanelCard', 'hushed', 'failure', 'Panel', 'fill', 'look_over', 'sound', 'work', 'wait_for',
-           'key_of', 'show_rows', 'run_of', 'let_go', 'show_plan_of', 'begin', 'alive_run', 'go_on', 'set_buttons',
-           'folder_of_run', 'show_run', 'show_runs', 'show_difference', 'write_out', 'answer', 'pressed', 'parts_of',
-           'box_of', 'find', 'take_preset', 'read_back', 'show_panel', 'open_panel']
+           'offers', 'key_of', 'show_rows', 'run_of', 'let_go', 'show_plan_of', 'begin', 'alive_run', 'go_on',
+           'set_buttons', 'folder_of_run', 'show_run', 'show_runs', 'show_difference', 'write_out', 'answer', 'pressed',
+           'parts_of', 'box_of', 'find', 'take_preset', 'read_back', 'show_panel', 'open_panel']
 
-# %% ../../nbs/notebook/36_panel.ipynb #ed9d28ce
+# %% ../../nbs/notebook/36_panel.ipynb #00376886
 from collections import ChainMap
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ from .chat import Conversation, conversation_table, models_of
 from .magic import alive, is_ours, launch, refuse_second, usage_error
 from .panel_form import PRESETS, Field, cell_of, complaints_of, field_text, is_literal, python_of, read_cell
 from .results import run_folders, write_result
-from ..model.checkpoint import config_of, read
+from ..model.checkpoint import bundled, config_of, read
 from ..model.sample import Sampler
 from ..model.tokenizer import tokenizer_for
 from ..peft.adapters import detach
@@ -99,6 +99,7 @@ class Panel:
         self.run = self.planned = self.rows = self.talk = self.task = None
         self.filling, self.doing = False, ""
         self.parts = parts_of(self)
+        for name, proposed in offers(self.names).items(): self.fields[name].widget.options = proposed
         self.box = box_of(self)
         self.set(**settings)
         self.heard()
@@ -190,6 +191,15 @@ def wait_for(panel: Panel):
     "Waits for what the panel does now, and for its run. Errors of the run stay on the card."
     if panel.task is not None: panel.task.join()
     if panel.run is not None and panel.run.thread is not None: panel.run.thread.finished.wait()
+
+# %% ../../nbs/notebook/36_panel.ipynb #471f7050
+def offers(names: Mapping, folder: str | Path = ".") -> dict[str, list[str]]:
+    "Proposals for the fields `model` and `data`: names of variables, bundled models, files in `folder`. Nothing is opened."
+    rows = lambda value: hasattr(value, "facts") or hasattr(value, "columns") or isinstance(value, list) and value and isinstance(value[0], dict)
+    held = lambda good: sorted(name for name, value in list(names.items()) if not name.startswith("_") and not isinstance(value, type) and good(value))
+    files = lambda *ends: sorted(file.name for file in Path(folder).iterdir() if file.name.endswith(ends) and file.is_file())[:50]
+    return {"model": [*bundled(), *held(lambda value: hasattr(value, "tokenizer") and hasattr(value, "parameters")), *files(".pth", ".safetensors")],
+            "data": [*held(rows), *files(".jsonl", ".json", ".csv", ".parquet", ".txt", ".bin")]}
 
 # %% ../../nbs/notebook/36_panel.ipynb #af2071c8
 def key_of(panel: Panel) -> tuple:

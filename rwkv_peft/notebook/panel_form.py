@@ -96,7 +96,7 @@ def widget_of(row: Mapping) -> Any:
     if kind == "check": return w.Checkbox(value=default, **same)
     if kind in ("int", "float"): return {"int": w.IntText, "float": w.FloatText}[kind](value=default, **same)
     text = field_text(row, default, {})
-    if kind == "choice": return w.Combobox(value=text, options=[str(word) for word in row["allowed"]], placeholder="unset", ensure_option=False, continuous_update=False, **same)
+    if kind == "choice" or row["expects"] == "a value": return w.Combobox(value=text, options=[str(word) for word in row["allowed"]], placeholder="unset", ensure_option=False, continuous_update=False, **same)
     return w.Text(value=text, placeholder="unset", continuous_update=False, **same)
 
 def _WIDE():
