@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'bench_app', 'data_app', 'Words', 'Force', 'Type', 'File', 'Template', 'Mask', 'Length', 'Words_', 'Kind',
            'Part', 'Json', 'Figure', 'Check', 'Peers', 'literal', 'settings_of', 'main', 'sentence', 'tune', 'plan',
-           'prompt_text', 'generate', 'dtype_of', 'merge', 'export', 'import_', 'progress', 'tokenizer_of',
+           'prompt_text', 'generate', 'dtype_of', 'merge', 'export', 'import_', 'convert', 'progress', 'tokenizer_of',
            'data_convert', 'read_file', 'data_report', 'data_check', 'data_show', 'demo', 'report', 'wkv', 'step',
            'bench_generate', 'bench_memory', 'bench_data', 'methods']
 
@@ -171,6 +171,22 @@ def import_(file: Annotated[Path, typer.Argument(help="a Hugging Face folder or 
     "Write another program's model as an official file."
     from rwkv_peft.export.formats import import_ as read_in
     print(read_in(file, out, dtype=dtype_of(dtype), force=force))
+
+# %% ../nbs/99_cli.ipynb #fb7bd21e
+@app.command()
+def convert(script: Annotated[Path, typer.Argument(metavar="SCRIPT.sh", help="a shell script that starts RWKV-PEFT's train.py")], out: Annotated[Optional[Path], typer.Option("-o", "--out", metavar="FILE.toml", help="printed if left out")] = None, force: Force = False):
+    "An RWKV-PEFT script's settings as TOML, for `rwkv-peft tune`. Runs nothing."
+    from rwkv_peft.train.config import Config, ConfigError
+    from rwkv_peft.train.script import read_script, script_to_toml
+    try: found = read_script(script.read_text(encoding="utf-8-sig"))
+    except (OSError, UnicodeDecodeError) as error: raise typer.BadParameter(f"{script} can't be read as text: {error}") from None
+    except ConfigError as error: raise ConfigError(f"{script}: {error}") from None
+    if out and out.exists() and not force: raise typer.BadParameter(f"{out} is there already; choose another name, or --force")
+    if out: out.write_text(script_to_toml(found), encoding="utf-8")
+    else: print(script_to_toml(found), end="")
+    for note in found.notes if out else (): print(f"note: {note}", file=sys.stderr)
+    try: Config(**found.settings)
+    except (ConfigError, FileNotFoundError) as error: print(f"before `rwkv-peft tune {out or 'FILE.toml'}`: {error}", file=sys.stderr)
 
 # %% ../nbs/99_cli.ipynb #8947b100
 @contextmanager

@@ -14,6 +14,7 @@ import time
 class Worker(threading.Thread):
     """Iterates `run.steps()` in a daemon thread; the view gets each event by `take(event)` and the end by `end(error, blind)`.
     `finished` is set after that. `error` is what ended the run, `blind` what ended the drawing; both None if all went well."""
+    trains = True       # this process; not a worker that only watches
 
     def __init__(self, run: Any, view: Any, name: str = "run"):
         super().__init__(daemon=True, name=f"rwkv_finetune {name}")

@@ -5,7 +5,7 @@
 # %% ../../nbs/train/70_loop.ipynb #de70484e
 from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -505,7 +505,7 @@ def begin(run: Run) -> Iterator[dict]:
     run.engine, run.optimizer = share(run.accelerator, run.model, optimizer, run.config.strategy, run.config.grad_clip)
     set_moments(run.engine, run.optimizer, run.trained, moments)
     told = {k: recorded(v) for k, v in {**run.config.given, "name": run.folder.name, **vars(s)}.items() if v is not None}
-    yield run.say("start", config=told, versions=_versions(), plan=plan, data=dict(run.data.report(s.micro_bsz, s.micro_bsz * s.accumulate)), folder=str(run.folder))
+    yield run.say("start", config=told, versions=_versions(), plan=plan, data=dict(run.data.report(s.micro_bsz, s.micro_bsz * s.accumulate)), folder=str(run.folder), pid=os.getpid())
     again = resuming and len(run.events) > 1      # ranks resume what was written for them, and begin it all the same
     if again: yield run.say("resumed", step=run.step)
     for word in said_of_pages(run): yield run.say("warning", message=word)
@@ -645,7 +645,7 @@ class Run:
     def stop(self): self._stop.set()
     def pause(self): self._pause.set()
     def unpause(self): self._pause.clear()
-    def asked_to_stop(self) -> bool: return self._stop.is_set()
+    def asked_to_stop(self) -> bool: return self._stop.is_set() or (self.folder / "stop").exists()      # a file that anybody may put there
     def asked_to_pause(self) -> bool: return self._pause.is_set()
 
     @property
@@ -726,6 +726,7 @@ def events_of(run: Run) -> Iterator[dict]:
     "All events of a session with `run`, from `start` to `done`, `stopped` or `error`; after `error` the exception itself. Leaving the loop early saves, in a world of one."
     if not run.lock.acquire(blocking=False): raise _going()
     run.ended.clear()
+    _forget_stop(run)
     run.working, run.error = False, None
     try:
         _mark(run, going=True)
@@ -742,9 +743,13 @@ def events_of(run: Run) -> Iterator[dict]:
         if run.world == 1: release(run)
         _mark(run, going=False)
         run._stop.clear()
+        _forget_stop(run)
         run.config = run.config if not holds_run(run.folder) else run.config.changed(resume=True, name=run.folder.name)
         run.lock.release()
         run.ended.set()
+
+def _forget_stop(run: Run):
+    with suppress(OSError): run.rank or (run.folder / "stop").unlink(missing_ok=True)
 
 def _going() -> TrainingError: return TrainingError("this run is going already; wait for it, or stop() it first")
 
