@@ -198,6 +198,7 @@ def test_the_panel_is_clicked_through(lab, place):
         field("data").wait_for(timeout=30_000)
         assert "is missing" in cell.inner_text()
         picture(page, "panel-opened")
+        assert "Model, data" in cell.inner_text()
         field("data").fill("rows")
         field("data").press("Tab")
         button("Show row").click()

@@ -57,7 +57,7 @@ def read_field(row: Mapping, text: Any, names: Mapping) -> Any:
 # %% ../../nbs/notebook/30_panel_form.ipynb #66260634
 def as_toml(value: Any) -> str:
     "A text, number, switch, list or table as one line of TOML."
-    if isinstance(value, dict): return "{" + ", ".join(f"{json.dumps(str(k))} = {as_toml(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, dict): return "{" + ", ".join(f"{as_toml(str(k))} = {as_toml(v)}" for k, v in value.items()) + "}"
     if isinstance(value, (list, tuple)): return "[" + ", ".join(map(as_toml, value)) + "]"
     if isinstance(value, float): return repr(value)
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
@@ -66,7 +66,7 @@ def as_toml(value: Any) -> str:
 def field_text(row: Mapping, value: Any, names: Mapping) -> Any:
     "What the widget of this row holds for `value`. ValueError for an object that no name in `names` leads to."
     kind = kind_of_field(row)
-    if value is None: return None if kind == "words" else ""
+    if value is None: return ""
     if kind in ("words", "check", "int", "float"): return value
     if not is_literal(value):
         found = next((name for name, held in names.items() if held is value and name.isidentifier() and not name.startswith("_")), None)
@@ -92,7 +92,7 @@ def widget_of(row: Mapping) -> Any:
     import ipywidgets as w
     kind, default = kind_of_field(row), row["default"]
     same = {"description": row["name"], "layout": _WIDE(), "style": {"description_width": "9em"}}
-    if kind == "words": return w.Dropdown(options=[("(unset)", None)] * (default is None) + [(word, word) for word in row["allowed"]], value=default, **same)
+    if kind == "words": return w.Dropdown(options=[("(unset)", "")] * (default is None) + [(word, word) for word in row["allowed"]], value=default or "", **same)
     if kind == "check": return w.Checkbox(value=default, **same)
     if kind in ("int", "float"): return {"int": w.IntText, "float": w.FloatText}[kind](value=default, **same)
     text = field_text(row, default, {})
@@ -106,8 +106,8 @@ def _WIDE():
 # %% ../../nbs/notebook/30_panel_form.ipynb #db65c48e
 def beside(row: Mapping, complaint: str = "") -> Html:
     "What stands beside a field: its description, or what is wrong with it."
-    if complaint: return tag("span", "✗ ", complaint, style="color:rgb(205,95,10);font-weight:bold;line-height:1.35")
-    return tag("span", row["description"], style="opacity:.75;line-height:1.35")
+    if complaint: return tag("div", "✗ ", complaint, style="color:rgb(205,95,10);font-weight:bold;line-height:1.35")
+    return tag("div", row["description"], style="opacity:.75;line-height:1.35")
 
 # %% ../../nbs/notebook/30_panel_form.ipynb #46580fb4
 class Field:
