@@ -12,6 +12,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from nbclient import NotebookClient
 from playwright.sync_api import sync_playwright
 
 SETUP = """
@@ -34,7 +35,13 @@ PANEL = """
 model = model
 accumulate = 1; r = 2; eval_split = 0.2; max_steps = 1000000; eval_steps = 1000000
 """
-NOTEBOOKS = {"b.ipynb": (SETUP, RUN, "run.report()['status']"), "p.ipynb": (SETUP, PANEL, "panel.run and panel.run.report()['status']")}
+LAB = """
+from rwkv_peft.look.sampler import record
+from rwkv_peft.model.sample import Sampler
+from rwkv_peft.notebook.sampler_lab import SamplerLab
+SamplerLab(record(model, "1 + 1 =", 24, Sampler(seed=0)))
+"""
+NOTEBOOKS = {"b.ipynb": (SETUP, RUN, "run.report()['status']"), "p.ipynb": (SETUP, PANEL, "panel.run and panel.run.report()['status']", LAB)}
 ARTEFACTS = Path(__file__).parent / "artefacts"          # screenshots, for people to look at; git ignores them
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 
@@ -248,8 +255,26 @@ def test_the_panel_is_clicked_through(lab, place):
         notebook.run(2)
         assert notebook.finished(2)["outputs"][0]["data"]["text/plain"] == ["'stopped'"]
         outputs = notebook.saved(1)["outputs"]
+
+        notebook.run(3)
+        drawn = lambda: page.locator(".jp-Notebook .jp-Cell").nth(3).locator(".jp-OutputArea-output").last.inner_text()
+        handle = page.locator(".jp-Notebook .jp-Cell").nth(3).locator(".noUi-handle").first
+        handle.wait_for(timeout=30_000)
+        before = wait_for(drawn, 30)
+        for _ in range(4): handle.press("ArrowRight")
+        wait_for(lambda: drawn() not in ("", before), 30)
+        handle.scroll_into_view_if_needed()
+        picture(page, "sampler-lab")
         browser.close()
 
     kept = ["".join(o["data"].get("text/html", [])) for o in outputs]
     assert "data = rows" in kept[1] and "&lt;b&gt;1&lt;/b&gt;" in kept[2] and "stopped at step" in kept[3] and "image/png" in outputs[4]["data"] and len(outputs) == 5
     assert hosts == {lab.removeprefix("http://")} and not failed and "http" not in "".join(kept)
+
+
+def test_the_same_notebook_passes_without_a_browser(tmp_path):
+    book = book_of(NOTEBOOKS["p.ipynb"])
+    NotebookClient(book, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}, store_widget_state=False).execute()
+    shown = [o["data"]["text/plain"] for o in book.cells[1].outputs]
+    assert "needs" in shown[0] or "while a kernel runs" in shown[0]
+    assert "max_steps = 1000000" in shown[1] and not [o for cell in book.cells for o in cell.outputs if o["output_type"] == "error"]
