@@ -6,13 +6,14 @@
 __all__ = ['open_panel_seconds', 'long_run', 'drawing_costs', 'lab_of', 'Front', 'kernel', 'stop_costs', 'slider_costs',
            'bench_ui', 'ui_figures', 'ui_table']
 
-# %% ../../nbs/bench/90_ui.ipynb #3e2becc2
+# %% ../../nbs/bench/90_ui.ipynb #921353cb
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from statistics import median
 from typing import Any
 import json
 import os
+import subprocess
 import tempfile
 import time
 
@@ -124,7 +125,7 @@ def kernel() -> Iterator[Front]:
     except ImportError: raise RuntimeError("the interface is measured in a kernel: pip install ipykernel") from None
     with tempfile.TemporaryDirectory() as folder:
         manager = KernelManager(kernel_name="python3")
-        manager.start_kernel(cwd=folder, env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [_root(), os.environ.get("PYTHONPATH")]))})
+        manager.start_kernel(cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [_root(), os.environ.get("PYTHONPATH")]))})
         client = manager.client()
         client.start_channels()
         try:

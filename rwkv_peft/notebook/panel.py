@@ -341,6 +341,7 @@ def write_out(panel: Panel, out: str, name: str | None, state: bool):
 # %% ../../nbs/notebook/36_panel.ipynb #0761ca92
 def answer(panel: Panel, question: str, name: str | None = None, temperature: float = 1.0, top_p: float = .3, seed: int = 0, max_tokens: int = 120):
     "Base and tuned model answer, piece by piece, into the sheet. UsageError while a run trains (a pause is enough)."
+    if panel.run is not None and panel.view.progress.status in OVER: panel.run.thread.finished.wait()
     if alive() is not None and panel.view.progress.status != "paused": raise usage_error("the model is training; pause the run, or wait for its end, and ask then")
     folder = folder_of_run(panel, name)
     here = panel.run if panel.run is not None and panel.run.folder == folder else None
