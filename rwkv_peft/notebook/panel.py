@@ -303,7 +303,7 @@ def set_buttons(panel: Panel):
     for which in ("one", "other"):
         kept = parts[which].value
         if tuple(parts[which].options) != tuple(names): parts[which].options = names
-        if kept in names: parts[which].value = kept
+        if names: parts[which].value = kept if kept in names else names[0]
 
 # %% ../../nbs/notebook/36_panel.ipynb #1b400d23
 def folder_of_run(panel: Panel, name: str | None) -> Path:
@@ -371,7 +371,7 @@ def parts_of(panel: Panel) -> dict[str, Any]:
         b.on_click(pressed(panel, do))
         return b
     p: dict[str, Any] = {"message": w.HTML(), "filter": w.Text(description="find", placeholder="a part of a name or a description", continuous_update=True, layout=w.Layout(width="30em"))}
-    p["preset"] = w.Dropdown(description="begin with", options=[("(your own settings)", None), *((label, label) for label in PRESETS)], style=style, layout=w.Layout(width="26em"))
+    p["preset"] = w.Dropdown(description="begin with", options=[("(your own settings)", ""), *((label, label) for label in PRESETS)], style=style, layout=w.Layout(width="26em"))
     p["preset"].observe(pressed(panel, lambda: take_preset(panel)), "value")
     p["filter"].observe(pressed(panel, lambda: find(panel)), "value")
     p["row"] = w.IntText(description="row", value=0, style=style, layout=w.Layout(width="16em"))
@@ -426,7 +426,7 @@ def find(panel: Panel):
 def take_preset(panel: Panel):
     "Fills in the chosen starting point."
     label = panel.parts["preset"].value
-    if label is None: return
+    if not label: return
     panel.set(**PRESETS[label])
     panel.tell("a starting point, and no more than that; the plan says whether your rows fit")
 
