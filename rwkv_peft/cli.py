@@ -7,7 +7,7 @@ __all__ = ['app', 'bench_app', 'data_app', 'Words', 'Force', 'Type', 'File', 'Te
            'Part', 'Json', 'Figure', 'Check', 'Peers', 'literal', 'settings_of', 'main', 'sentence', 'tune', 'plan',
            'prompt_text', 'generate', 'dtype_of', 'merge', 'export', 'import_', 'convert', 'progress', 'tokenizer_of',
            'data_convert', 'read_file', 'data_report', 'data_check', 'data_show', 'demo', 'report', 'wkv', 'step',
-           'bench_generate', 'bench_memory', 'bench_data', 'methods']
+           'bench_generate', 'bench_memory', 'bench_data', 'bench_ui', 'methods']
 
 # %% ../nbs/99_cli.ipynb #9867d975
 from contextlib import contextmanager, redirect_stdout
@@ -19,13 +19,9 @@ import typer
 # %% ../nbs/99_cli.ipynb #2e70ea22
 def literal(text: str) -> Any:
     "The value of `text` as TOML, or the text itself when it's a bare word. BadParameter for a broken list, table or quotation."
-    if sys.version_info >= (3, 11): import tomllib
-    else: import tomli as tomllib
-    try: value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        if text[:1] in tuple("[{\"'"): raise typer.BadParameter(f"{text!r} is not a TOML value; check its brackets and quotes") from None
-        return text
-    return value if isinstance(value, (str, int, float, bool, list, dict)) else text
+    from rwkv_peft.train.config import literal
+    try: return literal(text)
+    except ValueError as e: raise typer.BadParameter(str(e)) from None
 
 # %% ../nbs/99_cli.ipynb #3261a239
 def settings_of(words: list[str]) -> tuple[Path | None, dict]:
@@ -393,6 +389,16 @@ def bench_data(size: Annotated[int, typer.Option(min=1, help="megabytes of the l
     result = bench_data(size * 1_000_000, workers)
     print(data_table(result))
     report("data", {"data": result}, data_figures(result), json, figure, check)
+
+# %% ../nbs/99_cli.ipynb #e24e11d8
+@bench_app.command("ui")
+def bench_ui(steps: Annotated[int, typer.Option(min=40, help="steps with the panel, and as many without")] = 300, times: Annotated[int, typer.Option(min=1, help="times that Stop is pressed; four times as many moves of a slider")] = 5,
+             json: Json = None, figure: Figure = None, check: Check = False):
+    "The panel in a kernel: what drawing takes from training, and how soon a click is answered."
+    from rwkv_peft.bench.ui import bench_ui, ui_figures, ui_table
+    result = bench_ui(steps, times)
+    print(ui_table(result))
+    report("ui", {"ui": result}, ui_figures(result), json, figure, check)
 
 # %% ../nbs/99_cli.ipynb #898e8a92
 @bench_app.command("methods")

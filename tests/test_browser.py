@@ -8,9 +8,11 @@ import subprocess
 import sys
 import time
 import urllib.request
+from pathlib import Path
 
 import nbformat
 import pytest
+from nbclient import NotebookClient
 from playwright.sync_api import sync_playwright
 
 SETUP = """
@@ -28,6 +30,19 @@ model = model; data = rows
 accumulate = 1; r = 2; eval_split = 0.2; max_steps = 1000000; eval_steps = 1000000
 sample_prompts = ["<b>1</b> + 1 $=$"]
 """
+PANEL = """
+%%rwkv_panel clicked
+model = model
+accumulate = 1; r = 2; eval_split = 0.2; max_steps = 1000000; eval_steps = 1000000
+"""
+LAB = """
+from rwkv_peft.look.sampler import record
+from rwkv_peft.model.sample import Sampler
+from rwkv_peft.notebook.sampler_lab import SamplerLab
+SamplerLab(record(model, "1 + 1 =", 24, Sampler(seed=0)))
+"""
+NOTEBOOKS = {"b.ipynb": (SETUP, RUN, "run.report()['status']"), "p.ipynb": (SETUP, PANEL, "panel.run and panel.run.report()['status']", LAB)}
+ARTEFACTS = Path(__file__).parent / "artefacts"          # screenshots, for people to look at; git ignores them
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 
 
@@ -37,13 +52,21 @@ def chromium():
     return found
 
 
-@pytest.fixture
-def lab(tmp_path):
-    "A JupyterLab over an empty folder with the notebook in it; its address."
-    cells = [nbformat.v4.new_code_cell(source.strip()) for source in (SETUP, RUN, "run.report()['status']")]
-    book = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}})
+@pytest.fixture(scope="module")
+def place(tmp_path_factory): return tmp_path_factory.mktemp("browser")
+
+
+def book_of(sources):
+    return nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source.strip()) for source in sources],
+                                    metadata={"kernelspec": {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}})
+
+
+@pytest.fixture(scope="module")
+def lab(place):
+    "A JupyterLab over a folder with the notebooks in it; its address."
+    tmp_path = place
     (tmp_path / "work").mkdir()
-    nbformat.write(book, tmp_path / "work/b.ipynb")
+    for name, sources in NOTEBOOKS.items(): nbformat.write(book_of(sources), tmp_path / "work" / name)
     (tmp_path / "config/labconfig").mkdir(parents=True)
     (tmp_path / "config/labconfig/default_setting_overrides.json").write_text(json.dumps(
         {"@jupyterlab/notebook-extension:tracker": {"autoStartDefaultKernel": True}, "@jupyterlab/apputils-extension:notification": {"fetchNews": "false"}}))
@@ -100,6 +123,11 @@ class Page:
     def finished(self, cell): return wait_for(lambda: (found := self.saved(cell)).get("execution_count") and found, 60)
 
 
+def picture(page, name):
+    ARTEFACTS.mkdir(exist_ok=True)
+    page.screenshot(path=ARTEFACTS / f"{name}.png")
+
+
 def brightness(page, selector, what):
     "From 0 to 255; not a number when Lab redrew the output in that moment, and the element is no longer on the page."
     colour = page.eval_on_selector(selector, f"""e => {{
@@ -110,8 +138,8 @@ def brightness(page, selector, what):
     return sum(part * weight for part, weight in zip(colour, (.3, .59, .11))) if colour else float("nan")
 
 
-def test_a_run_is_watched_stopped_and_kept(lab, tmp_path):
-    file, hosts, failed = tmp_path / "work/b.ipynb", set(), []
+def test_a_run_is_watched_stopped_and_kept(lab, place):
+    file, hosts, failed = place / "work/b.ipynb", set(), []
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium(), args=FLAGS)
         page = browser.new_page(viewport={"width": 1200, "height": 1000})
@@ -128,7 +156,7 @@ def test_a_run_is_watched_stopped_and_kept(lab, tmp_path):
         seen = [wait_for(lambda: (text := card.inner_text()) and "tokens/s" in text and text, 30)]
         seen.append(wait_for(lambda: (text := card.inner_text()) != seen[0] and text, 30))          # it lives
         page.locator(".jp-Notebook .jp-Cell").nth(1).locator("svg polyline").first.wait_for(timeout=20_000)
-        page.screenshot(path=tmp_path / "live.png")
+        picture(page, "live")
         assert "■ stops" in seen[1] and "<b>1</b> + 1 $=$" in seen[1]                              # neither markup nor mathematics
 
         notebook.command("notebook:interrupt-kernel")
@@ -141,7 +169,7 @@ def test_a_run_is_watched_stopped_and_kept(lab, tmp_path):
         page.evaluate("window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'}).then(() => 1)")
         wait_for(lambda: brightness(page, ".jp-OutputArea-output b", "backgroundColor") < 60, 20)
         wait_for(lambda: brightness(page, ".jp-OutputArea-output b", "color") > 150, 20)              # light on dark now
-        page.screenshot(path=tmp_path / "stopped.png")
+        picture(page, "stopped")
         assert page.locator(".jp-OutputArea-output mjx-container").count() == 0
         browser.close()
 
@@ -151,4 +179,102 @@ def test_a_run_is_watched_stopped_and_kept(lab, tmp_path):
     text = file.read_text()
     assert "http" not in text and "widget" not in text
     assert hosts == {lab.removeprefix("http://")} and not failed
-    assert list((tmp_path / "work/runs/watched/checkpoints").iterdir())
+    assert list((place / "work/runs/watched/checkpoints").iterdir())
+
+
+def test_the_panel_is_clicked_through(lab, place):
+    file, hosts, failed = place / "work/p.ipynb", set(), []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium(), args=FLAGS)
+        page = browser.new_page(viewport={"width": 1200, "height": 1100})
+        page.on("request", lambda r: hosts.add(r.url.split("/")[2]) if r.url.startswith("http") else None)
+        page.on("pageerror", lambda error: failed.append(str(error)))
+        page.goto(f"{lab}/lab/tree/p.ipynb?reset")
+        notebook = Page(page, file)
+        wait_for(notebook.ready, 90)
+        page.evaluate("window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Light'}).then(() => 1)")
+        notebook.run(0)
+        notebook.finished(0)
+        notebook.run(1)
+        cell = page.locator(".jp-Notebook .jp-Cell").nth(1)
+        output = cell.locator(".jp-OutputArea-output")
+        button = lambda text: cell.locator(f"button:has-text('{text}'):visible").first
+        field = lambda name: cell.locator(f".widget-inline-hbox:has(label:text-is('{name}')) input:visible").first
+        tab = lambda title: cell.locator(f".lm-TabBar-tab:has-text('{title}')").click()
+
+        field("data").wait_for(timeout=30_000)
+        assert "is missing" in cell.inner_text()
+        picture(page, "panel-opened")
+        assert "Model, data" in cell.inner_text()
+        field("data").fill("rows")
+        field("data").press("Tab")
+        button("Show row").click()
+        wait_for(lambda: "Row 0 of" in cell.inner_text(), 30)
+        picture(page, "panel-rows")
+        tab("Method")
+        picture(page, "panel-method")
+        tab("All settings")
+        cell.locator("input[placeholder^='a part']").fill("rate")
+        wait_for(lambda: "twice the rate" in cell.inner_text() or "learning rate" in cell.inner_text(), 20)
+        picture(page, "panel-settings")
+        button("Plan").click()
+        wait_for(lambda: "memory, peak" in cell.inner_text(), 60)
+        picture(page, "panel-plan")
+
+        button("Start").click()
+        told = lambda: output.nth(3).inner_text()
+        first = wait_for(lambda: (text := told()) and "tokens/s" in text and text, 60)
+        wait_for(lambda: told() != first and "tokens/s" in told(), 30)                         # it lives
+        cell.locator("svg polyline").first.wait_for(timeout=20_000)
+        picture(page, "panel-live")
+        button("Pause").click()
+        wait_for(lambda: "paused" in told(), 30)
+        button("Resume").click()
+        wait_for(lambda: "training" in told(), 30)
+        button("Stop").click()
+        wait_for(lambda: "stopped at step" in told(), 30)
+        picture(page, "panel-stopped")
+        stopped = int(told().split("stopped at step ")[1].split()[0])
+        button("Resume").click()
+        wait_for(lambda: "training" in told() and "tokens/s" in told(), 60)
+        button("Stop").click()
+        wait_for(lambda: "stopped at step" in told(), 30)
+        assert int(told().split("stopped at step ")[1].split()[0]) > stopped
+        tab("Chat")
+        cell.locator("textarea:visible").first.fill("<b>1</b> + 1 =")
+        button("Ask both").click()
+        wait_for(lambda: "base" in output.nth(2).inner_text() and "<b>1</b>" in output.nth(2).inner_text(), 30)
+        picture(page, "panel-chat")
+        tab("Runs")
+        picture(page, "panel-runs")
+        tab("As a cell")
+        picture(page, "panel-cell")
+        page.evaluate("window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'}).then(() => 1)")
+        tab("Method")
+        picture(page, "panel-dark")
+        notebook.run(2)
+        assert notebook.finished(2)["outputs"][0]["data"]["text/plain"] == ["'stopped'"]
+        outputs = notebook.saved(1)["outputs"]
+
+        notebook.run(3)
+        drawn = lambda: page.locator(".jp-Notebook .jp-Cell").nth(3).locator(".jp-OutputArea-output").last.inner_text()
+        handle = page.locator(".jp-Notebook .jp-Cell").nth(3).locator(".noUi-handle").first
+        handle.wait_for(timeout=30_000)
+        before = wait_for(drawn, 30)
+        for _ in range(4): handle.press("ArrowRight")
+        wait_for(lambda: drawn() not in ("", before), 30)
+        handle.scroll_into_view_if_needed()
+        picture(page, "sampler-lab")
+        browser.close()
+
+    kept = ["".join(o["data"].get("text/html", [])) for o in outputs]
+    assert "data = rows" in kept[1] and "&lt;b&gt;1&lt;/b&gt;" in kept[2] and "stopped at step" in kept[3] and "image/png" in outputs[4]["data"] and len(outputs) == 5
+    assert hosts == {lab.removeprefix("http://")} and not failed and "http" not in "".join(kept)
+
+
+def test_the_same_notebook_passes_without_a_browser(tmp_path):
+    book = book_of(NOTEBOOKS["p.ipynb"])
+    NotebookClient(book, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}, store_widget_state=False).execute()
+    shown = [o["data"]["text/plain"] for o in book.cells[1].outputs]
+    assert "needs" in shown[0] or "while a kernel runs" in shown[0]
+    assert "max_steps = 1000000" in shown[1] and not [o for cell in book.cells for o in cell.outputs if o["output_type"] == "error"]

@@ -47,6 +47,12 @@ BARS = (
     Bar("prefill_over_package", "generate", "prefill over the rwkv package", 1.5, False),
     Bar("data_mb_per_second", "data", "megabytes of jsonl encoded and stored a second", 20, False),
     Bar("data_memory_growth", "data", "peak memory, ten times the file over one", 1.25, True),
+    Bar("ui_share", "ui", "interface code, share of the process's time", 0.01, True),
+    Bar("ui_slower", "ui", "a step with the panel, slower than without by", 0.05, True),
+    Bar("ui_stop_seconds", "ui", "Stop, seconds from the click at worst", 0.5, True),
+    Bar("ui_stop_steps", "ui", "Stop, steps that end after the click", 1, True),
+    Bar("ui_open_seconds", "ui", "a panel opens, seconds", 1, True),
+    Bar("ui_slider_ms", "ui", "slider to picture at 65,536 scores, ms", 100, True),
 )
 
 # %% ../../nbs/bench/70_check.ipynb #16c2fdb1

@@ -310,5 +310,7 @@ def load_ipython_extension(shell: Any):
     shell.register_magic_function(rwkv_finetune, "line_cell", "rwkv_finetune")
     shell.register_magic_function(Attach(shell), "line", "rwkv_attach")
     shell.register_magic_function(Env(shell), "line", "rwkv_env")
+    def rwkv_panel(line, cell=""): from rwkv_peft.notebook.panel import open_panel; open_panel(shell, line, cell)
+    shell.register_magic_function(rwkv_panel, "line_cell", "rwkv_panel")
     others = [m for m in shell.Completer.custom_matchers if getattr(m, "__name__", "") != "rwkv_finetune"]
     shell.Completer.custom_matchers[:] = others + [found] * (found is not None)

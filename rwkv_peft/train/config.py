@@ -21,8 +21,8 @@ __all__ = ['METHODS', 'METHOD_WORDS', 'SHORTHAND', 'TAKES', 'PAIRED', 'ConfigErr
            'Schedule', 'Optimiser', 'Hardware', 'Keeping', 'words', 'expected', 'nearest', 'sentences', 'is_foreign',
            'foreign_table', 'recorded', 'is_text_or_method', 'check_method', 'Config', 'check_sources', 'check_places',
            'check_devices', 'spoken', 'check_beside', 'check_storage', 'check_optimiser', 'check_strategy',
-           'check_pieces', 'check_tracker', 'check_combinations', 'check_rows', 'state_only', 'to_toml', 'read_toml',
-           'from_toml', 'settings_table']
+           'check_pieces', 'check_tracker', 'check_combinations', 'check_rows', 'state_only', 'to_toml', 'literal',
+           'read_toml', 'from_toml', 'settings_table']
 
 # %% ../../nbs/train/10_config.ipynb #9a6e94cd
 class ConfigError(ValueError):
@@ -442,6 +442,17 @@ def to_toml(config: Config) -> str:
     "Settings that differ from their defaults, one line each, in the order of the groups."
     import tomli_w
     return tomli_w.dumps({k: recorded(v) for k, v in config.given.items() if v is not None and k != "resume"})
+
+# %% ../../nbs/train/10_config.ipynb #1825462c
+def literal(text: str) -> Any:
+    "The value of `text` as TOML, or the text itself when it is a bare word or a date. ValueError for a broken list, table or quotation."
+    if sys.version_info >= (3, 11): import tomllib
+    else: import tomli as tomllib
+    try: value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        if text[:1] in tuple("[{\"'"): raise ValueError(f"{text!r} is not a TOML value; check its brackets and quotes") from None
+        return text
+    return value if isinstance(value, (str, int, float, bool, list, dict)) else text
 
 # %% ../../nbs/train/10_config.ipynb #591cd587
 def read_toml(path: str | Path) -> tuple[dict, str]:
