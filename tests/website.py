@@ -108,7 +108,7 @@ def body_of(page: Path) -> str:
 
 def title_of(page: Path) -> str:
     "The words of the notebook's first heading."
-    return re.match(r"# (.+)", nbformat.read(page, as_version=4).cells[0].source)[1].replace("`", "")
+    return re.match(r"# (.+)", nbformat.read(page, as_version=4).cells[0].source)[1].replace("`", "") + " (中文)" * page.stem.endswith("_zh")
 
 
 def navigation(titles: dict[Path, str], here: Path) -> Html:
