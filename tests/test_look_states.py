@@ -14,7 +14,8 @@ from rwkv_peft.model.rwkv import RWKV, RWKVConfig
 from rwkv_peft.model.sample import Sampler
 from rwkv_peft.model.state import State, save_state
 from rwkv_peft.model.tokenizer import Bytes
-from rwkv_peft.notebook.state_lab import StateLab, or_error
+from rwkv_peft.notebook.sampler_lab import attempt
+from rwkv_peft.notebook.state_lab import StateLab
 from rwkv_peft.peft.adapters import attach
 from rwkv_peft.peft.lora import MethodError
 from rwkv_peft.peft.state_tuning import StateTuning, state_after
@@ -292,4 +293,4 @@ def test_the_lab_redraws_what_its_controls_ask_for(monkeypatch):
     monkeypatch.setattr("rwkv_peft.notebook.state_lab.sample_at", fail)
     lab.slider.value = .9
     assert "RuntimeError: <b>lost</b>" in Tags(sample.shown[-1]).text
-    assert safe(or_error(lambda: (_ for _ in ()).throw(ValueError(EVIL))), said=["alert(1)"])
+    assert safe(attempt(lambda: (_ for _ in ()).throw(ValueError(EVIL))), said=["alert(1)"])
