@@ -92,9 +92,8 @@ class Panel:
         self.fields = {row["name"]: Field(row, self.names, self.changed) for row in settings_table()}
         self.sheet, self.record, self.card, self.curve = Place(), Place(), Place(), Place()
         self.view = PanelCard(self.card, self.curve, self.heard)
-        self.run = self.planned = self.rows = self.talk = self.task = None
-        self.filling, self.doing = False, ""
-        self.parts = parts_of(self)
+        self.run = self.planned = self.rows = self.talk = self.task = None      # planned: (settings, run); rows: (settings, data); talk: (models, conversation)
+        self.filling, self.doing, self.parts = False, "", parts_of(self)
         for name, proposed in offers(self.names).items(): self.fields[name].widget.options = proposed
         self.box = box_of(self)
         self.set(**settings)
