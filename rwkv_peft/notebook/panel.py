@@ -300,7 +300,8 @@ def set_buttons(panel: Panel):
     if going and not paused: return
     names = run_names(panel.fields["output"].text or "runs")
     for which in ("one", "other"):
-        kept = parts[which].value
+        kept, mine = parts[which].value, panel.run.folder.name if panel.run is not None else None
+        if which == "one" and mine not in parts[which].options: kept = mine             # the panel's own run, when it's new in the list
         if tuple(parts[which].options) != tuple(names): parts[which].options = names
         if names: parts[which].value = kept if kept in names else names[0]
 
