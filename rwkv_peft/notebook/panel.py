@@ -92,9 +92,8 @@ class Panel:
         self.fields = {row["name"]: Field(row, self.names, self.changed) for row in settings_table()}
         self.sheet, self.record, self.card, self.curve = Place(), Place(), Place(), Place()
         self.view = PanelCard(self.card, self.curve, self.heard)
-        self.run = self.planned = self.rows = self.talk = self.task = None
-        self.filling, self.doing = False, ""
-        self.parts = parts_of(self)
+        self.run = self.planned = self.rows = self.talk = self.task = None      # planned: (settings, run); rows: (settings, data); talk: (models, conversation)
+        self.filling, self.doing, self.parts = False, "", parts_of(self)
         for name, proposed in offers(self.names).items(): self.fields[name].widget.options = proposed
         self.box = box_of(self)
         self.set(**settings)
@@ -301,7 +300,8 @@ def set_buttons(panel: Panel):
     if going and not paused: return
     names = run_names(panel.fields["output"].text or "runs")
     for which in ("one", "other"):
-        kept = parts[which].value
+        kept, mine = parts[which].value, panel.run.folder.name if panel.run is not None else None
+        if which == "one" and mine not in parts[which].options: kept = mine             # the panel's own run, when it's new in the list
         if tuple(parts[which].options) != tuple(names): parts[which].options = names
         if names: parts[which].value = kept if kept in names else names[0]
 
