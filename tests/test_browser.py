@@ -1,5 +1,6 @@
 """The magic as a person meets it: JupyterLab in Chromium, a run that is watched and stopped, and the notebook that Lab saved.
 Off-screen cells have no text in Lab, so what is claimed about outputs is read from the saved file."""
+import io
 import json
 import os
 import shutil
@@ -14,6 +15,10 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 from playwright.sync_api import sync_playwright
+from rwkv_peft.notebook.attach import attach
+from rwkv_peft.notebook.card import TextCard
+from rwkv_peft.train.events import read_events
+from rwkv_peft.train.folder import checkpoints
 
 SETUP = """
 %load_ext rwkv_peft
@@ -41,7 +46,8 @@ from rwkv_peft.model.sample import Sampler
 from rwkv_peft.notebook.sampler_lab import SamplerLab
 SamplerLab(record(model, "1 + 1 =", 24, Sampler(seed=0)))
 """
-NOTEBOOKS = {"b.ipynb": (SETUP, RUN, "run.report()['status']"), "p.ipynb": (SETUP, PANEL, "panel.run and panel.run.report()['status']", LAB)}
+NOTEBOOKS = {"b.ipynb": (SETUP, RUN, "run.report()['status']"), "p.ipynb": (SETUP, PANEL, "panel.run and panel.run.report()['status']", LAB),
+             "c.ipynb": (SETUP + RUN.replace("%%rwkv_finetune watched", "get_ipython().run_cell_magic('rwkv_finetune', 'left', '''") + "''')",)}
 ARTEFACTS = Path(__file__).parent / "artefacts"          # screenshots, for people to look at; git ignores them
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 
@@ -270,6 +276,26 @@ def test_the_panel_is_clicked_through(lab, place):
     kept = ["".join(o["data"].get("text/html", [])) for o in outputs]
     assert "data = rows" in kept[1] and "&lt;b&gt;1&lt;/b&gt;" in kept[2] and "stopped at step" in kept[3] and "image/png" in outputs[4]["data"] and len(outputs) == 5
     assert hosts == {lab.removeprefix("http://")} and not failed and "http" not in "".join(kept)
+
+
+def test_a_closed_browser_leaves_the_run_going(lab, place):
+    "The kernel trains on; the run is stopped from its folder, and has a checkpoint of its last step."
+    folder = place / "work/runs/left"
+    steps = lambda: [e["step"] for e in read_events(folder / "events.jsonl") if e["event"] == "step"] if (folder / "events.jsonl").exists() else []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium(), args=FLAGS)
+        page = browser.new_page()
+        page.goto(f"{lab}/lab/tree/c.ipynb?reset")
+        notebook = Page(page, place / "work/c.ipynb")
+        wait_for(notebook.ready, 90)
+        notebook.run(0)
+        wait_for(steps, 60)
+        browser.close()
+    closed = steps()[-1]
+    wait_for(lambda: steps()[-1] > closed + 3, 30)
+    run = attach(folder, view=TextCard(io.StringIO()))
+    run.stop()
+    assert run.wait(30).progress.status == "stopped" and checkpoints(folder)[-1] == steps()[-1]
 
 
 def test_the_same_notebook_passes_without_a_browser(tmp_path):

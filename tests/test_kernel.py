@@ -1,5 +1,5 @@
 """The magic in a real kernel, seen through the messages that a notebook sees: the ipykernel that is installed, and two older ones, which are fetched.
-One kernel of each serves all tests but the last: starting one and importing torch takes longer than everything that is tested."""
+One kernel of each serves all tests but the last two: starting one and importing torch takes longer than everything that is tested."""
 import os
 import re
 import subprocess
@@ -168,6 +168,25 @@ def test_errors_reach_the_cell(kernel):
     kernel.run("loop.take_step = whole")
     assert reply["ename"] == "ZeroDivisionError" and len(reply["traceback"]) > 1
     assert kernel.value("[t.name for t in threading.enumerate() if 'rwkv' in t.name]") == "[]"
+
+
+def test_a_restarted_kernel_leaves_a_run_to_go_on_with(tmp_path):
+    "As a front end restarts it, in the middle of a run; what was saved by then is there, and the notebook from its first cell on again is enough."
+    kernel = Kernel(tmp_path)
+    try:
+        assert kernel.run(SETUP)["status"] == "ok"
+        kernel.run("%%rwkv_finetune torn --background\n" + LONG + "save_steps = 3")
+        kernel.until(lambda m: list(tmp_path.glob("runs/torn/checkpoints/step-*")))
+        kernel.manager.restart_kernel(now=False)
+        kernel.client.wait_for_ready(timeout=60)
+        saved = max(int(folder.name[5:]) for folder in tmp_path.glob("runs/torn/checkpoints/step-*"))
+        assert kernel.run(SETUP)["status"] == "ok"
+        reply = kernel.run(f"%%rwkv_finetune torn --resume\nmodel = deepcopy(model); max_steps = {saved + 2}")
+        assert reply["status"] == "ok", reply
+        assert kernel.value("[e['step'] for e in run.events if e['event'] == 'resumed'], run.report()['status']") == f"([{saved}], 'done')"
+    finally:
+        kernel.client.stop_channels()
+        kernel.manager.shutdown_kernel(now=True)
 
 
 def test_a_saved_notebook_keeps_card_and_picture_and_nothing_else(tmp_path):
