@@ -65,7 +65,8 @@ def test_bars_are_those_agreed():
         "int8_fast_over_roofline": (.8, True, .5), "int8_fast_cosine": (.995, False, None), "peak_mib": (900, True, 450), "peak_checkpointed_mib": (560, True, 250),
         "decode_over_package": (1, False, None), "decode_bandwidth": (.85, False, None), "int8_over_package": (2.5, False, None),
         "batch8_over_one": (4, False, None), "prefill_over_package": (1.5, False, None),
-        "data_mb_per_second": (20, False, None), "data_memory_growth": (1.25, True, None)}
+        "data_mb_per_second": (20, False, None), "data_memory_growth": (1.25, True, None),
+        "ui_share": (.01, True, None), "ui_slower": (.05, True, None), "ui_stop_seconds": (.5, True, None), "ui_stop_steps": (1, True, None), "ui_open_seconds": (1, True, None), "ui_slider_ms": (100, True, None)}
 
 
 @pytest.mark.parametrize("bar", BARS, ids=lambda b: b.name)

@@ -160,6 +160,21 @@ def test_ctrl_c_in_a_shell_and_a_killed_parent(place):
         if number == signal.SIGINT: assert parent.returncode == 130 and f"stopped at step {last['step']}" in out and "Traceback" not in out + err
 
 
+def test_a_rank_ends_without_python_s_end():
+    "Which frees DDP's reducer while gloo's threads may wait for Python's lock. What was printed is not lost."
+    code = """
+import atexit, torch
+from torch import distributed
+from rwkv_peft.train.launch import part
+distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+atexit.register(print, "Python's end")
+print("ours", end="")
+part()
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (0, "ours"), ran.stderr
+
+
 def test_ranks_leave_with_their_launcher(tmp_path):
     "A process that is killed without a chance to end its children: they end by themselves."
     rank = "import threading, os; from rwkv_peft.train.launch import leave_with; open(str(os.getpid()), 'w').close(); leave_with(os.getppid())"

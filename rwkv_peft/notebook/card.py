@@ -66,7 +66,7 @@ class LiveCard:
     def take(self, event: Mapping):
         begun = self.now()
         self.progress = advance(self.progress, event)
-        if event.get("event") == "error": self.failed = event
+        if event.get("event") in ("start", "error"): self.failed = event if event["event"] == "error" else None
         if self.text.due(begun) or event.get("event") not in ("step", "saved"): self.draw(self.text, self.card, card_bundle)
         if self.picture.due(begun): self.draw(self.picture, self.curve, curve_bundle)
         self.progress = replace(self.progress, drawing=self.progress.drawing + self.now() - begun)

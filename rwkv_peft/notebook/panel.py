@@ -56,7 +56,7 @@ class PanelCard(LiveCard):
 
     def __init__(self, card: Place, curve: Place, heard: Callable[[], None]):
         self.now, self.text, self.picture, self.heard = time.perf_counter, Throttle(.5), Throttle(1.0), heard
-        self.progress, self.card, self.curve = progress_of([]), card, curve
+        self.progress, self.failed, self.card, self.curve = progress_of([]), None, card, curve
 
     def take(self, event: Mapping):
         super().take(event)
