@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 
 import nbformat
@@ -129,6 +130,22 @@ class Page:
     def finished(self, cell): return wait_for(lambda: (found := self.saved(cell)).get("execution_count") and found, 60)
 
 
+@contextmanager
+def opened(lab, file):
+    "A notebook in a browser, its kernel waiting: (page, `Page`, hosts that were asked, errors of the page). Closes the browser."
+    hosts, failed = set(), []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium(), args=FLAGS)
+        page = browser.new_page(viewport={"width": 1200, "height": 1100})
+        page.on("request", lambda r: hosts.add(r.url.split("/")[2]) if r.url.startswith("http") else None)
+        page.on("pageerror", lambda error: failed.append(str(error)))
+        page.goto(f"{lab}/lab/tree/{file.name}?reset")
+        notebook = Page(page, file)
+        wait_for(notebook.ready, 90)
+        yield page, notebook, hosts, failed
+        browser.close()
+
+
 def picture(page, name):
     ARTEFACTS.mkdir(exist_ok=True)
     page.screenshot(path=ARTEFACTS / f"{name}.png")
@@ -145,15 +162,8 @@ def brightness(page, selector, what):
 
 
 def test_a_run_is_watched_stopped_and_kept(lab, place):
-    file, hosts, failed = place / "work/b.ipynb", set(), []
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium(), args=FLAGS)
-        page = browser.new_page(viewport={"width": 1200, "height": 1000})
-        page.on("request", lambda r: hosts.add(r.url.split("/")[2]) if r.url.startswith("http") else None)
-        page.on("pageerror", lambda error: failed.append(str(error)))
-        page.goto(f"{lab}/lab/tree/b.ipynb?reset")
-        notebook = Page(page, file)
-        wait_for(notebook.ready, 90)
+    file = place / "work/b.ipynb"
+    with opened(lab, file) as (page, notebook, hosts, failed):
 
         notebook.run(0)
         assert notebook.finished(0)["outputs"] == []
@@ -177,7 +187,6 @@ def test_a_run_is_watched_stopped_and_kept(lab, place):
         wait_for(lambda: brightness(page, ".jp-OutputArea-output b", "color") > 150, 20)              # light on dark now
         picture(page, "stopped")
         assert page.locator(".jp-OutputArea-output mjx-container").count() == 0
-        browser.close()
 
     assert [sorted(o["data"]) for o in outputs] == [["text/html", "text/plain"], ["image/png", "text/plain"]]
     html = "".join(outputs[0]["data"]["text/html"])
@@ -189,15 +198,8 @@ def test_a_run_is_watched_stopped_and_kept(lab, place):
 
 
 def test_the_panel_is_clicked_through(lab, place):
-    file, hosts, failed = place / "work/p.ipynb", set(), []
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium(), args=FLAGS)
-        page = browser.new_page(viewport={"width": 1200, "height": 1100})
-        page.on("request", lambda r: hosts.add(r.url.split("/")[2]) if r.url.startswith("http") else None)
-        page.on("pageerror", lambda error: failed.append(str(error)))
-        page.goto(f"{lab}/lab/tree/p.ipynb?reset")
-        notebook = Page(page, file)
-        wait_for(notebook.ready, 90)
+    file = place / "work/p.ipynb"
+    with opened(lab, file) as (page, notebook, hosts, failed):
         page.evaluate("window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Light'}).then(() => 1)")
         notebook.run(0)
         notebook.finished(0)
@@ -271,7 +273,6 @@ def test_the_panel_is_clicked_through(lab, place):
         wait_for(lambda: drawn() not in ("", before), 30)
         handle.scroll_into_view_if_needed()
         picture(page, "sampler-lab")
-        browser.close()
 
     kept = ["".join(o["data"].get("text/html", [])) for o in outputs]
     assert "data = rows" in kept[1] and "&lt;b&gt;1&lt;/b&gt;" in kept[2] and "stopped at step" in kept[3] and "image/png" in outputs[4]["data"] and len(outputs) == 5
@@ -282,15 +283,9 @@ def test_a_closed_browser_leaves_the_run_going(lab, place):
     "The kernel trains on; the run is stopped from its folder, and has a checkpoint of its last step."
     folder = place / "work/runs/left"
     steps = lambda: [e["step"] for e in read_events(folder / "events.jsonl") if e["event"] == "step"] if (folder / "events.jsonl").exists() else []
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium(), args=FLAGS)
-        page = browser.new_page()
-        page.goto(f"{lab}/lab/tree/c.ipynb?reset")
-        notebook = Page(page, place / "work/c.ipynb")
-        wait_for(notebook.ready, 90)
+    with opened(lab, place / "work/c.ipynb") as (_, notebook, _, _):
         notebook.run(0)
         wait_for(steps, 60)
-        browser.close()
     closed = steps()[-1]
     wait_for(lambda: steps()[-1] > closed + 3, 30)
     run = attach(folder, view=TextCard(io.StringIO()))
