@@ -21,7 +21,7 @@ def render(name: str = "README.md") -> str:
     "The page's cells as Markdown, without pictures that a README cannot hold."
     page = for_reading(nbformat.read(root / "nbs" / SOURCES[name], as_version=4))
     for cell in page.cells:
-        if cell.cell_type == "code": cell.outputs = [o for o in cell.outputs if "text/html" not in o.get("data", {}) and "image/png" not in o.get("data", {})]
+        if cell.cell_type == "code": cell.outputs = [o for o in cell.outputs if "text/html" not in o.get("data", {})]
     text, _ = MarkdownExporter().from_notebook_node(page)
     return f"<!-- written from nbs/{SOURCES[name]} by tests/readme.py -->\n\n" + text.strip() + "\n"
 

@@ -95,7 +95,8 @@ def test_held_out_loss_goes_from_before_to_the_best():
 def test_what_is_not_a_number_is_drawn_and_not_fatal():
     p = known([*told(end=None), {"event": "step", "step": 6, "loss": "nan", "tokens": 1, "seconds": 1, "memory": None}, {"event": "error", "step": 6, "message": "the loss is nan at step 6"}])
     assert "nan" in card(p) and "the loss is nan at step 6" in card(p)
-    assert curve_bundle(p, final=True)["image/png"] and "<svg" in curve_bundle(p)["text/html"]
+    final = curve_bundle(p, final=True)
+    assert final["text/html"].startswith('<img src="data:image/png;base64,') and f'alt="{final["text/plain"]}"' in final["text/html"] and "<svg" in curve_bundle(p)["text/html"]
 
 
 def test_markup_from_anywhere_stays_text():
@@ -163,7 +164,7 @@ def test_text_at_most_twice_a_second_and_the_curve_once(monkeypatch):
         live.take(event)
     assert 18 <= len(text.bundles) <= 24 and 9 <= len(picture.bundles) <= 12
     live.end()
-    assert "image/png" in picture.bundles[-1] and "text/html" not in picture.bundles[-1] and "stopped at step 1000" in text.bundles[-1]["text/html"]
+    assert "<img" in picture.bundles[-1]["text/html"] and "<svg" not in picture.bundles[-1]["text/html"] and "stopped at step 1000" in text.bundles[-1]["text/html"]
 
 
 def test_what_drawing_took_is_measured_and_told(monkeypatch):

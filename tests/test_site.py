@@ -5,6 +5,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import nbformat
 import pytest
 import readme
 import website
@@ -68,6 +69,12 @@ def test_the_site_loads_nothing(site):
     assert not {f.name: found for f, page in seen.items() if (found := outside(page))}
     assert not {f.name: page.active for f, page in seen.items() if page.active}
     assert not {f.name: page.mute for f, page in seen.items() if page.mute}, "pictures without words"
+
+
+def test_no_page_keeps_a_picture_that_jupyterlab_shows_without_words():
+    "Its `<img>` of a PNG output has no alt, whatever the metadata; `Picture` is HTML that has one."
+    kept = [(p.name, c.id) for p in (root / "nbs").glob("**/*.ipynb") for c in nbformat.read(p, as_version=4).cells for o in c.get("outputs", []) if "image/png" in o.get("data", {})]
+    assert not kept
 
 
 def test_links_arrive(site):

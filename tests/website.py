@@ -80,13 +80,11 @@ def linked(text: str, page: Path) -> str:
 
 
 def output_of(output: dict, page: Path) -> str:
-    "An output in the richest form that needs no kernel: HTML, Markdown, SVG, PNG with its alt text, or text with its ANSI colours."
+    "An output in the richest form that needs no kernel: HTML, Markdown, SVG, or text with its ANSI colours."
     data = output.get("data", {"text/plain": output.get("text") or "\n".join(output.get("traceback", []))})
     if "text/html" in data: return data["text/html"]
     if "text/markdown" in data: return prose(data["text/markdown"], page)
     if "image/svg+xml" in data: return data["image/svg+xml"]
-    words = output.get("metadata", {}).get("image/png", {}).get("alt") or data.get("text/plain", "")
-    if "image/png" in data: return tag("img", src=f"data:image/png;base64,{''.join(data['image/png'].split())}", alt="" if words.startswith("<") else words)      # a repr is no description
     return f"<pre>{ansi2html(data.get('text/plain', ''))}</pre>"
 
 

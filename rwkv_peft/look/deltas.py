@@ -6,10 +6,9 @@
 __all__ = ['spectrum', 'effective_rank', 'rank_to', 'share_near_top', 'Change', 'Moved', 'measured', 'rank_of', 'in_slot',
            'moved_in_model', 'moved_states', 'moved_in_files', 'moved_weights', 'contents_at', 'scale_by', 'Deltas',
            'origin_of', 'contents_of', 'from_model', 'from_files', 'deltas', 'advice', 'change_map', 'energy_curves',
-           'by_kind', 'image', 'delta_card', 'History', 'delta_history', 'history_card']
+           'by_kind', 'delta_card', 'History', 'delta_history', 'history_card']
 
 # %% ../../nbs/look/40_deltas.ipynb #037ef561
-from base64 import b64encode
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -363,7 +362,7 @@ def _of_states(changes: list[Change]) -> str:
 
 # %% ../../nbs/look/40_deltas.ipynb #2e53251e
 def change_map(found: Deltas) -> Any:
-    "A map of the relative change in percent, layers down and kinds of tensor across, as an IPython `Image`; of the plain norms where no base is known. None for changes outside all layers."
+    "A map of the relative change in percent, layers down and kinds of tensor across, as a `Picture`; of the plain norms where no base is known. None for changes outside all layers."
     from matplotlib.figure import Figure
     inside = [c for c in found.changes if c.layer is not None]
     if not inside: return None
@@ -414,11 +413,6 @@ def by_kind(found: Deltas) -> Html:
     head = ["tensor", "how many", "shape", "rank set", "numbers trained", "effective rank", "directions for 90 %", "‖ΔW‖ / ‖W‖", "most", "along W's largest (by chance)"]
     return tag("div", table(rows, head=head), style="overflow-x:auto")
 
-# %% ../../nbs/look/40_deltas.ipynb #1af18a8a
-def image(picture: Any) -> Html:
-    "An IPython `Image` of PNG bytes as an `<img>` that holds its data and its words."
-    return tag("img", src="data:image/png;base64," + b64encode(picture.data).decode(), alt=picture.alt, style="max-width:100%;display:block")
-
 # %% ../../nbs/look/40_deltas.ipynb #fb1442af
 def delta_card(found: Deltas) -> Html:
     "What `Deltas` shows: advice, table, map, and how the change spreads over its directions. Loads nothing."
@@ -427,7 +421,7 @@ def delta_card(found: Deltas) -> Html:
     head = tag("div", tag("b", tag("bdi", found.source)), f": what training added to {len(found):,} tensors, against ", tag("bdi", found.against))
     parts = [head, tag("p", advice(found)), by_kind(found)]
     parts += [note("Medians over layers. Along W's largest: the share of the change that reads or writes along the k largest singular directions of W, k the rank set (or 16), and at most a quarter of the smaller side.")]
-    if drawn: parts += [image(drawn), note("Darker: moved further. –: there is none, or it started from nothing, so that there is nothing to compare with.")]
+    if drawn: parts += [drawn.html, note("Darker: moved further. –: there is none, or it started from nothing, so that there is nothing to compare with.")]
     if curves: parts += [curves, note("A curve that turns early needs few directions; a straight line would need all of them.")]
     return tag("div", *parts, style="color:inherit;background:transparent;max-width:60em", class_=AS_TEXT)
 

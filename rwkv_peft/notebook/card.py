@@ -6,13 +6,13 @@
 __all__ = ['Throttle', 'card_bundle', 'curve_bundle', 'ended', 'why', 'LiveCard', 'TextCard']
 
 # %% ../../nbs/notebook/10_card.ipynb #b6bf52fa
-from base64 import b64encode
 from dataclasses import replace
 from typing import Any, Callable, Mapping
 import sys
 import time
 from ..look.report import Progress, advance, advice, card, headline, series
 from ..show.curve import curve, curve_png, describe
+from ..show.html import Picture
 
 # %% ../../nbs/notebook/10_card.ipynb #3a331d95
 class Throttle:
@@ -31,11 +31,11 @@ def card_bundle(p: Progress, failed: Any = None) -> dict:
 
 # %% ../../nbs/notebook/10_card.ipynb #277e12f7
 def curve_bundle(p: Progress, final: bool = False) -> dict:
-    "The curve: SVG in HTML while a run lives; a PNG at its end, which also those keep who strip SVG. Its text says what it shows."
+    "The curve: SVG in HTML while a run lives; a PNG with its words at the end, which also those keep who strip SVG."
     lines = series(p)
     if not lines: return {"text/html": "", "text/plain": ""}
-    kept = {"image/png": b64encode(curve_png(lines)).decode()} if final else {"text/html": str(curve(lines))}
-    return {**kept, "text/plain": describe(lines)}
+    words = describe(lines)
+    return {"text/html": str(Picture(curve_png(lines), words).html if final else curve(lines)), "text/plain": words}
 
 # %% ../../nbs/notebook/10_card.ipynb #066e216d
 def ended(p: Progress, error: BaseException | None = None, blind: BaseException | None = None) -> Progress:

@@ -8,14 +8,14 @@ __all__ = ['picture', 'matrix_map']
 # %% ../../nbs/show/30_figure.ipynb #e3080c17
 import io
 from typing import Any
+from .html import Picture
 
 # %% ../../nbs/show/30_figure.ipynb #7c02309e
-def picture(figure: Any, alt: str) -> Any:
-    "A matplotlib `Figure` as an IPython `Image`: a PNG on white, with `alt` for those who don't see it."
-    from IPython.display import Image
+def picture(figure: Any, alt: str) -> Picture:
+    "A matplotlib `Figure` as a PNG on white, with `alt` for those who don't see it."
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=72, bbox_inches="tight", facecolor="white", metadata={"Software": None})
-    return Image(out.getvalue(), alt=alt)
+    return Picture(out.getvalue(), alt)
 
 # %% ../../nbs/show/30_figure.ipynb #9cf6d6bd
 def matrix_map(axes: Any, matrix: Any, title: str = "") -> None:
