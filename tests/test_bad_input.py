@@ -607,7 +607,8 @@ class Tags(HTMLParser):
         self.feed(str(html))
 
     def handle_starttag(self, tag, attrs):
-        self.tags.add(tag)
+        ours = tag == "img" and dict(attrs).get("src", "").startswith("data:image/png;base64,")
+        self.tags.add("our own picture" if ours else tag)
         self.handlers += [name for name, _ in attrs if name.startswith("on")]
 
     def handle_comment(self, data): self.tags.add("<!--")

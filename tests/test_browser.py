@@ -227,7 +227,7 @@ def test_the_panel_is_clicked_through(lab, place):
         wait_for(lambda: "twice the rate" in cell.inner_text() or "learning rate" in cell.inner_text(), 20)
         picture(page, "panel-settings")
         button("Plan").click()
-        wait_for(lambda: "memory, peak" in cell.inner_text(), 60)
+        wait_for(lambda: "for tensors at the peak" in cell.inner_text(), 60)
         picture(page, "panel-plan")
 
         button("Start").click()

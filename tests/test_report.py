@@ -2,12 +2,13 @@
 import json
 import re
 from functools import reduce
+from html import unescape
 from html.parser import HTMLParser
 
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from rwkv_peft.look.report import Progress, advance, card, headline, numbers, plan_card, progress_of, report, write_report
+from rwkv_peft.look.report import Progress, advance, card, headline, means, numbers, plan_card, progress_of, report, write_report
 from rwkv_peft.notebook.card import LiveCard, TextCard, curve_bundle, ended
 
 EVIL = "</td><script>alert(1)</script><img src=x onerror=alert(2)> \" ' & \ud800"
@@ -99,10 +100,49 @@ def test_what_is_not_a_number_is_drawn_and_not_fatal():
     assert final["text/html"].startswith('<img src="data:image/png;base64,') and f'alt="{final["text/plain"]}"' in final["text/html"] and "<svg" in curve_bundle(p)["text/html"]
 
 
+def words(html): return unescape(re.sub("<[^>]*>", "", html))
+
+
+MEMORY = {"weights": 4 * 2**30, "optimiser": 2**30, "gradients": 2**29, "activations": 5 * 2**29, "peak": 8 * 2**30, "loading": 2**30, "ram": 2**30, "outside": (2**29, 2**30), "room": 16 * 2**30, "fits": True}
+PLAN = {"methods": ["LoRA", "StateTuning"], "parameters": 1000, "trained": 25, "rows": 108, "held_out_rows": 12, "rows_per_step": 4, "steps": 60, "epochs": 2.222, "lr_init": 4e-3, "time": "unknown", "device": "cpu", "precision": "float32", "memory": MEMORY}
+
+
+def test_a_plan_is_told_in_sentences_and_as_a_bar():
+    html = plan_card("x", PLAN)
+    text = words(html)
+    assert "60 steps of 4 rows: 2.222 times over 108 rows; 12 are held out." in text and "LoRA and StateTuning train 25 of 1,000 numbers (2.50%), learning rate 0.004." in text
+    assert "Needs 8.00 GiB for tensors at the peak and 0.50 GiB to 1.00 GiB beside them; 16.00 GiB are there. It fits." in text
+    widths = [float(value) for name, value in Tags(html).attributes if name == "width" and "." in value]
+    assert [round(w / widths[1]) for w in widths] == [4, 1, 0, 3, 1] and "stroke-dasharray" in html      # of 9 GiB, and 16 are within sight
+    assert "LoRA trains 25" in words(plan_card("x", PLAN | {"methods": ["LoRA"]})) and "learning rate to be found before the first step." in words(plan_card("x", PLAN | {"lr_init": None}))
+    tight = PLAN | {"memory": MEMORY | {"room": 2**33, "fits": False, "cheapest": {"change": {"quant": "nf4"}, "peak": 2**32}}}
+    assert "It doesn't fit; the cheapest change that does: quant = nf4 (4.00 GiB)" in words(plan_card("x", tight))
+    assert "stroke-dasharray" not in plan_card("x", PLAN | {"memory": MEMORY | {"room": 2**40}}) and "<svg" not in plan_card("x", PLAN | {"memory": None})
+
+
+def test_the_running_mean_is_one():
+    "A plain mean while its window fills; drawn once it has seen three of them; a NaN is left out; a resumed run goes back with it."
+    losses = [3.0, 1.0, "nan", *(2 + (-1) ** i * .5 for i in range(97))]
+    p = known([{"event": "step", "step": i + 1, "loss": loss} for i, loss in enumerate(losses)])
+    good = [float(x) for x in losses if x != "nan"]
+    assert p.trend[18][1] == pytest.approx(sum(good[:19]) / 19) and p.seen == 99 and means(p)["training"][0][-1] == 100
+    slow = sum(good[:20]) / 20
+    for loss in good[20:]: slow = .95 * slow + .05 * loss
+    assert p.trend[-1][1] == pytest.approx(slow)
+    assert means(known([{"event": "step", "step": i, "loss": 1.0} for i in range(59)])) == {} and means(known([{"event": "start", "plan": {"steps": 5000}}, *({"event": "step", "step": i, "loss": 1.0} for i in range(299))])) == {}
+    back = advance(p, {"event": "resumed", "step": 50})
+    assert back.trend == tuple(point for point in p.trend if point[0] <= 50)
+
+
+def test_the_learning_rate_is_told_while_it_matters():
+    p = known([*told(end=None), {"event": "step", "step": 6, "loss": 1.0, "lr": 1.25e-4}])
+    assert numbers(p)["learning rate"] == "1.25e-04" and "1.25e-04" in card(p) and "learning rate" not in numbers(advance(p, {"event": "done", "step": 6}))
+
+
 def test_markup_from_anywhere_stays_text():
     events = [{**e, "config": {"name": EVIL, "model": EVIL, EVIL: EVIL}, "data": {EVIL: [EVIL]}, "versions": {EVIL: EVIL}, "folder": EVIL} if e["event"] == "start" else e for e in told()]
     events += [{"event": "sample", "step": 5, "prompt": EVIL, "text": EVIL, "base": EVIL}, {"event": "warning", "message": EVIL}, {"event": "error", "step": 5, "message": EVIL}]
-    for html in (card(known(events)), report(events), plan_card(EVIL, {EVIL: EVIL})):
+    for html in (card(known(events)), report(events), plan_card(EVIL, PLAN | {"model": EVIL, "methods": [EVIL], "time": EVIL, "device": EVIL, EVIL: EVIL})):
         found = Tags(html)
         assert not {"script", "img"} & set(found.tags) and not any(name.startswith("on") for name, _ in found.attributes)
         assert "https://" not in html and "http://" not in html

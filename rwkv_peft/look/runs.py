@@ -19,7 +19,7 @@ from typing import Any, Iterable, Mapping, Sequence
 import math
 import re
 import numpy as np
-from .report import events_file, progress_of
+from .report import events_file, means, progress_of
 from ..show.curve import curve, describe
 from ..show.html import AS_TEXT, Html, table, tag
 from ..train.config import Config
@@ -60,7 +60,8 @@ def curves(source: Run | str | Path | Iterable[Mapping], width: int = 640, heigh
     shown = {y: {name: line for name, line in lines.items() if line[0]} for y, lines in drawn.items()}
     at = [step for lines in shown.values() for xs, _ in lines.values() for step in xs]
     wide = lambda lines: {name: ([min(at), *xs, max(at)], [math.nan, *ys, math.nan]) for name, (xs, ys) in lines.items()}      # the same axis in each
-    pictures = [tag("div", curve(wide(lines), y=y, title=describe(lines, y=y), width=width, height=height)) for y, lines in shown.items() if lines]
+    smooth = {"loss, nats a token": means(progress_of(events))}
+    pictures = [tag("div", curve(wide(lines), y=y, title=describe(lines, y=y), width=width, height=height, means=smooth.get(y, {}))) for y, lines in shown.items() if lines]
     return tag("div", *(pictures or [curve({}, width=width, height=height)]), class_=AS_TEXT)
 
 # %% ../../nbs/look/60_runs.ipynb #bbdbedb7

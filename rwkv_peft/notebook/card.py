@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any, Callable, Mapping
 import sys
 import time
-from ..look.report import Progress, advance, advice, card, headline, series
+from ..look.report import Progress, advance, advice, card, headline, means, series
 from ..show.curve import curve, curve_png, describe
 from ..show.html import Picture
 
@@ -34,8 +34,8 @@ def curve_bundle(p: Progress, final: bool = False) -> dict:
     "The curve: SVG in HTML while a run lives; a PNG with its words at the end, which also those keep who strip SVG."
     lines = series(p)
     if not lines: return {"text/html": "", "text/plain": ""}
-    words = describe(lines)
-    return {"text/html": str(Picture(curve_png(lines), words).html if final else curve(lines)), "text/plain": words}
+    words, smooth = describe(lines), means(p)
+    return {"text/html": str(Picture(curve_png(lines, means=smooth), words).html if final else curve(lines, means=smooth)), "text/plain": words}
 
 # %% ../../nbs/notebook/10_card.ipynb #066e216d
 def ended(p: Progress, error: BaseException | None = None, blind: BaseException | None = None) -> Progress:

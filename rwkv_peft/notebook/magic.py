@@ -294,8 +294,7 @@ def show_plan(name: str, plan: Mapping):
     "Display a plan as a card, and as lines where there is only text."
     from IPython.display import display
     from rwkv_peft.train.plan import as_rows
-    plan = as_rows(plan)
-    display({"text/html": str(plan_card(name, plan)), "text/plain": "\n".join(f"{key}: {value}" for key, value in plan.items())}, raw=True)
+    display({"text/html": str(plan_card(name, plan)), "text/plain": "\n".join(f"{key}: {value}" for key, value in as_rows(plan).items())}, raw=True)
 
 # %% ../../nbs/notebook/20_magic.ipynb #09c53f3b
 def load_ipython_extension(shell: Any):

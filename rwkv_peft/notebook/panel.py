@@ -238,8 +238,8 @@ def show_plan_of(panel: Panel):
     "The plan card of these settings, with the memory of the largest step, into the sheet."
     free(panel)
     run = run_of(panel)
-    plan = as_rows(run.plan())
-    panel.put(plan_card(run.folder.name, plan), "\n".join(f"{key}: {value}" for key, value in plan.items()))
+    plan = run.plan()
+    panel.put(plan_card(run.folder.name, plan), "\n".join(f"{key}: {value}" for key, value in as_rows(plan).items()))
 
 # %% ../../nbs/notebook/36_panel.ipynb #2364fb28
 GOING, OVER = ("starting", "training", "paused"), ("stopped", "done", "error")

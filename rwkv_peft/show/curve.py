@@ -99,11 +99,11 @@ def _axes(box, xr, yr, to_x, to_y, x: str, y: str) -> list[Html]:
         out.append(text(said, min(to_x(v), right + 12 - _width(said) / 2), bottom + 14, "middle"))
     return out + [text(x, right, bottom + 28, "end"), text(y, left, top - 6, "start")]
 
-def _line(run, to_x, to_y, colour: str, dash: str | None) -> Html:
+def _line(run, to_x, to_y, colour: str, dash: str | None, opacity: str | None = None) -> Html:
     points = [(to_x(a), to_y(b)) for a, b in run]
-    if len(points) == 1: return tag("circle", cx=f"{points[0][0]:.1f}", cy=f"{points[0][1]:.1f}", r="3", fill=colour)
+    if len(points) == 1: return tag("circle", cx=f"{points[0][0]:.1f}", cy=f"{points[0][1]:.1f}", r="3", fill=colour, opacity=opacity)
     path = " ".join(f"{a:.1f},{b:.1f}" for a, b in points)
-    return tag("polyline", points=path, fill="none", stroke=colour, stroke_width="1.6", stroke_dasharray=dash)
+    return tag("polyline", points=path, fill="none", stroke=colour, stroke_width="1.6", stroke_dasharray=dash, opacity=opacity)
 
 def _legend(places, left: float, y: float) -> list[Html]:
     out = []
@@ -114,8 +114,9 @@ def _legend(places, left: float, y: float) -> list[Html]:
     return out
 
 # %% ../../nbs/show/20_curve.ipynb #c28b57fb
-def curve(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], x: str = "step", y: str = "loss", title: str | None = None, width: int = 640, height: int = 240) -> Html:
+def curve(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], x: str = "step", y: str = "loss", title: str | None = None, width: int = 640, height: int = 240, means: Mapping = {}) -> Html:
     """Inline SVG of `series` {name: (xs, ys)}: at most 300 points each, gaps where y isn't finite, axes, legend, alt text.
+    `means` {name: (xs, ys)} are smoother lines, each drawn over the series of its name, which is faint then.
     `title` replaces the sentence of `describe` as alt text. Each further row of the legend makes it 15 pixels higher than `height`."""
     drawn, beside = _finite(series), 52 + max(80, _width(y) + 16)
     names = _shelve(list(drawn), width - 12 - beside)
@@ -128,14 +129,16 @@ def curve(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], x: str 
     to_y = lambda v: bottom - (v - yr[0]) / (yr[1] - yr[0]) * (bottom - top)
     runs = [(i, run) for i, (xs, ys) in enumerate(drawn.values()) for run in _pieces(xs, ys)]
     parts = _axes(box, xr, yr, to_x, to_y, x, y) if runs else [tag("text", "no points yet", x=width / 2, y=height / 2, text_anchor="middle", fill="currentColor", font_size="13")]
-    parts += [_line(run, to_x, to_y, COLOURS[i % len(COLOURS)], _DASHES[i % len(_DASHES)]) for i, run in runs]
+    names_of = list(drawn)
+    parts += [_line(run, to_x, to_y, COLOURS[i % len(COLOURS)], _DASHES[i % len(_DASHES)], ".4" if names_of[i] in means else None) for i, run in runs]
+    parts += [_line(run, to_x, to_y, COLOURS[names_of.index(name) % len(COLOURS)], None) for name, points in _finite(means).items() for run in _pieces(*points)]
     parts += _legend(names, beside, 18)
     words = title or describe(series, x, y)
     return tag("svg", tag("title", words), *parts, role="img", aria_label=words, viewBox=f"0 0 {width} {height}",
                width=width, height=height, style="max-width:100%;height:auto;background:transparent;color:inherit;font-family:sans-serif", class_=AS_TEXT)
 
 # %% ../../nbs/show/20_curve.ipynb #e5f1953c
-def curve_png(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], x: str = "step", y: str = "loss", title: str | None = None, size: tuple[float, float] = (6.4, 2.4), dpi: int = 100) -> bytes:
+def curve_png(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], x: str = "step", y: str = "loss", title: str | None = None, size: tuple[float, float] = (6.4, 2.4), dpi: int = 100, means: Mapping = {}) -> bytes:
     "The same curve as PNG bytes on white, drawn by matplotlib without pyplot. `size` in inches; each further row of the legend adds 0.17 to its height."
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -145,10 +148,12 @@ def curve_png(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], x: 
     figure = Figure(figsize=(size[0], size[1] + .17 * ((len(names) - 1) // columns)), dpi=dpi, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot(xlabel=x, ylabel=y, title=title or "")
-    for i, (xs, ys) in enumerate(_finite(series).values()):
+    smooth = _finite(means)
+    for i, (name, (xs, ys)) in enumerate(_finite(series).items()):
         ys = [v if math.isfinite(v) else math.nan for v in ys]
         style = (0, tuple(map(float, _DASHES[i % 5].split()))) if _DASHES[i % 5] else "-"
-        axes.plot(xs, ys, color=COLOURS[i % 5], linestyle=style, label=names[i])
+        axes.plot(xs, ys, color=COLOURS[i % 5], linestyle=style, label=names[i], alpha=.4 if name in smooth else None)
+        if name in smooth: axes.plot(*smooth[name], color=COLOURS[i % 5])
         alone = [run[0] for run in _pieces(xs, ys) if len(run) == 1]
         axes.plot([a for a, _ in alone], [b for _, b in alone], ".", color=COLOURS[i % 5])
     if names: figure.legend(frameon=False, loc="outside upper right", ncols=columns, fontsize=8)

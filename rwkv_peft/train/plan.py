@@ -29,8 +29,8 @@ from .optim import make_optimizer, methods_of, moment_bytes, update_of
 # %% auto #0
 __all__ = ['OUTSIDE', 'SMALL', 'Live', 'answer', 'base_dtype', 'Started', 'without_look', 'ghost', 'ghosts', 'batch_like',
            'moments', 'follow', 'walk', 'alike', 'stretch', 'replay', 'strategy_bytes', 'loading', 'plan_step',
-           'said_of', 'room', 'fits', 'changes', 'attempts', 'cheapest', 'plan_memory', 'readable', 'as_rows',
-           'memory_of', 'memory_at_start', 'time_of', 'memory_told', 'plan_like']
+           'said_of', 'room', 'fits', 'changes', 'attempts', 'cheapest', 'plan_memory', 'size', 'readable',
+           'memory_sentence', 'as_rows', 'memory_of', 'memory_at_start', 'time_of', 'memory_told', 'plan_like']
 
 # %% ../../nbs/train/65_plan.ipynb #64df30ac
 class Live(TorchDispatchMode):
@@ -305,16 +305,32 @@ def plan_memory(config: Config, sizes: RWKVConfig, length: int, device: str, the
     return plan if plan["fits"] is not False else plan | {"cheapest": cheapest(config, sizes, length, device, there, **more)}
 
 # %% ../../nbs/train/65_plan.ipynb #d4393d75
+def size(n: float) -> str:
+    "Bytes as a person says them: `94.5 MiB`, `4.10 GiB`."
+    return f"{n / 2**30:.2f} GiB" if n >= 2**28 else f"{n / 2**20:.1f} MiB"
+
+def _cheaper(plan: dict) -> str:
+    return ", ".join(f"{k} = {v}" for k, v in plan["cheapest"]["change"].items()) + f" ({size(plan['cheapest']['peak'])})" if plan["cheapest"] else "none was found"
+
+# %% ../../nbs/train/65_plan.ipynb #230b80de
 def readable(plan: dict) -> dict[str, str]:
     "The memory of a plan as short texts, for a table."
-    size = lambda n: f"{n / 2**30:.2f} GiB" if n >= 2**28 else f"{n / 2**20:.1f} MiB"
     rows = {f"memory, {k}": size(plan[k]) for k in ("weights", "optimiser", "gradients", "activations", "peak", "loading", "ram")}
     low, high = plan["outside"]
     rows["memory, beside tensors"] = f"{size(low)} to {size(high)}"
     verdict = {True: "yes", False: "no", None: "not known"}[plan["fits"]]
     rows["memory, fits"] = f"{verdict}, of {size(plan['room'])}" if plan["room"] else verdict
-    if plan["fits"] is False: rows["memory, cheapest change that fits"] = ", ".join(f"{k} = {v}" for k, v in plan["cheapest"]["change"].items()) + f" ({size(plan['cheapest']['peak'])})" if plan["cheapest"] else "none was found"
+    if plan["fits"] is False: rows["memory, cheapest change that fits"] = _cheaper(plan)
     return rows
+
+# %% ../../nbs/train/65_plan.ipynb #14a2c0b6
+def memory_sentence(plan: dict) -> str:
+    "What the memory of a plan comes to, and whether that fits."
+    low, high = map(size, plan["outside"])
+    reading = f" ({size(plan['loading'])} while the checkpoint is read)" if plan["loading"] > plan["peak"] else ""
+    there = f"; {size(plan['room'])} are there" if plan["room"] else ""
+    verdict = {True: "It fits.", False: "It doesn't fit; the cheapest change that does: ", None: "Whether it fits isn't known."}[plan["fits"]]
+    return f"Needs {size(plan['peak'])} for tensors at the peak{reading} and {low} to {high} beside them{there}. {verdict}" + (_cheaper(plan) if plan["fits"] is False else "")
 
 # %% ../../nbs/train/65_plan.ipynb #4754b03d
 def as_rows(plan: dict) -> dict:
