@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from rwkv_peft.show.curve import curve, curve_png, decimate, describe, spark, ticks
+from rwkv_peft.show.curve import curve, curve_png, curve_svg, decimate, describe, spark, ticks
 from rwkv_peft.show.html import Html, escape, page, table, tag, token_ribbon
 
 ANY = st.floats(allow_nan=True, allow_infinity=True)
@@ -43,7 +43,7 @@ def test_any_text_stays_text_in_a_ribbon(text, value, title):
 
 @pytest.mark.parametrize("evil", ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "</table></div><h1>", "&lt;b&gt;", "' onmouseover='x"])
 def test_markup_is_text_everywhere(evil):
-    html = table([[evil, 1], {"a": evil}.items()], [evil, evil], evil) + token_ribbon([evil], [1], [evil], evil) + tag("p", evil, title=evil) + curve({evil: ([0, 1], [1, 2])}, evil, evil, evil)
+    html = table([[evil, 1], {"a": evil}.items()], [evil, evil], evil) + token_ribbon([evil], [1], [evil], evil) + tag("p", evil, title=evil) + curve_svg({evil: ([0, 1], [1, 2])}, evil, evil, evil)
     seen = Reader(page(evil, html))
     allowed = {"html", "head", "meta", "title", "style", "body", "table", "caption", "thead", "tbody", "tr", "th", "td", "div", "span", "u", "p", "svg", "text", "line", "polyline", "circle"}
     assert set(seen.elements) <= allowed and seen.elements.count("title") == 2 and evil in seen.titles
@@ -60,7 +60,7 @@ def test_lone_surrogates_can_be_written_to_a_file(tmp_path):
 
 
 def test_a_page_asks_nothing_of_the_network():
-    html = page("t", table({"a": 1}) + curve({"a": ([0, 1], [1, 2])}) + token_ribbon(["a"], [1]))
+    html = page("t", table({"a": 1}) + curve_svg({"a": ([0, 1], [1, 2])}) + token_ribbon(["a"], [1]))
     assert "//" not in html and "default-src 'none'" in html and "<script" not in html and 'charset="utf-8"' in html
     assert "color-scheme: light dark" in html
     assert not re.search(r"(?<!-)\b(background|color|fill)\s*[:=]\s*\"?(white|black|#fff|#000)", html)      # nothing that one theme would hide
@@ -69,7 +69,7 @@ def test_a_page_asks_nothing_of_the_network():
 def test_colour_is_not_the_only_sign():
     html = token_ribbon(["a", "b", "c", "d"], [0, 1, -1, math.nan])
     assert [html.count(f"underline {kind}") for kind in ("solid", "dashed", "dotted")] == [1, 1, 1] and html.count("<u ") == 3
-    svg = ElementTree.fromstring(curve({n: ([0, 1], [1, 2]) for n in "abcde"}))
+    svg = ElementTree.fromstring(curve_svg({n: ([0, 1], [1, 2]) for n in "abcde"}))
     assert len({line.get("stroke-dasharray") for line in svg.iter("polyline")}) == 5
 
 
@@ -81,7 +81,7 @@ def test_ribbon_refuses_what_does_not_fit():
 @settings(max_examples=150, deadline=None)
 @given(st.dictionaries(st.text("ab <>&'\"好😀", max_size=5), POINTS, max_size=3))
 def test_any_series_gives_well_formed_svg_inside_its_frame(series):
-    root = ElementTree.fromstring(curve(series))
+    root = ElementTree.fromstring(curve_svg(series))
     assert root.get("role") == "img" and root.find("title").text == root.get("aria-label") == describe(series)
     drawn = 0
     for line in root.iter("polyline"):
@@ -107,7 +107,7 @@ LONG = [f"learning rate {i}e-4, the second try of the evening" for i in range(1,
 
 @pytest.mark.parametrize("names, y, last", [(["training", "held out"], "loss", 20_000), (LONG, "loss", 900_000), (LONG[:3], "loss in nats for each trained token", 100), (["x" * 200], "loss", 5)])
 def test_no_word_of_the_curve_lies_on_another_or_on_a_line_or_leaves_the_frame(names, y, last):
-    root = ElementTree.fromstring(curve({name: ([0, last], [2, 2 + i]) for i, name in enumerate(names)}, y=y))
+    root = ElementTree.fromstring(curve_svg({name: ([0, last], [2, 2 + i]) for i, name in enumerate(names)}, y=y))
     width, height = int(root.get("width")), int(root.get("height"))
     boxes = []
     for t in root.iter("text"):
@@ -147,7 +147,7 @@ def test_dollars_are_not_typeset():
         def handle_endtag(self, name): self.open.pop()
         def handle_data(self, data): self.found += data if not any({"tex2jax_ignore", "mathjax_ignore"} <= set(c.split()) for c in self.open) else ""
     text = "from $5 to $9"
-    for html in (token_ribbon([text], [1], legend=text), table([[text]], [text], text), curve({text: ([0, 1], [1, 2])}, text, text)):
+    for html in (token_ribbon([text], [1], legend=text), table([[text]], [text], text), curve_svg({text: ([0, 1], [1, 2])}, text, text)):
         assert text in html and not Outside(html).found
 
 

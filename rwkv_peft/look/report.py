@@ -144,7 +144,7 @@ def advice(p: Progress) -> str:
     return "■ stops after this step and saves"
 
 # %% ../../nbs/look/10_report.ipynb #e9b3f9e8
-_FRAME = "color:inherit;background:transparent;border:1px solid color-mix(in srgb, currentColor 25%, transparent);border-radius:6px;padding:.6em .9em;max-width:60em"
+_FRAME = "color:inherit;background:transparent;border:1px solid rgba(128,128,128,.4);border-radius:6px;padding:.6em .9em;max-width:60em"
 
 _MARK = {"starting": "…", "training": "▶", "paused": "⏸", "stopped": "■", "done": "✓", "error": "✗"}
 
