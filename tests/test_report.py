@@ -2,11 +2,11 @@
 import json
 import re
 from functools import reduce
-from html.parser import HTMLParser
 
 import pytest
 from hypothesis import given, settings, strategies as st
 
+from markup import Markup
 from rwkv_peft.look.report import Progress, advance, card, headline, numbers, plan_card, progress_of, report, write_report
 from rwkv_peft.notebook.card import LiveCard, TextCard, curve_bundle, ended
 
@@ -19,15 +19,6 @@ def told(name="my-run", steps=5, end="done"):
         yield {"event": "step", "step": step, "loss": 2.0 / step, "lr": 1e-3, "grad_norm": 1.0, "tokens": 100, "seconds": .5, "memory": 2 ** 30, "rows": [step]}
     yield {"event": "eval", "step": steps, "loss": .4, "bits_per_byte": .2, "tokens": 50, "best": True}
     if end: yield {"event": end, "step": steps, "message": ""}
-
-
-class Tags(HTMLParser):
-    "The tags and attributes of a piece of HTML."
-    def __init__(self, html):
-        super().__init__()
-        self.tags, self.attributes = [], []
-        self.feed(html)
-    def handle_starttag(self, tag, attrs): self.tags.append(tag); self.attributes += attrs
 
 
 def known(events): return reduce(advance, events, Progress())
@@ -103,7 +94,7 @@ def test_markup_from_anywhere_stays_text():
     events = [{**e, "config": {"name": EVIL, "model": EVIL, EVIL: EVIL}, "data": {EVIL: [EVIL]}, "versions": {EVIL: EVIL}, "folder": EVIL} if e["event"] == "start" else e for e in told()]
     events += [{"event": "sample", "step": 5, "prompt": EVIL, "text": EVIL, "base": EVIL}, {"event": "warning", "message": EVIL}, {"event": "error", "step": 5, "message": EVIL}]
     for html in (card(known(events)), report(events), plan_card(EVIL, {EVIL: EVIL})):
-        found = Tags(html)
+        found = Markup(html)
         assert not {"script", "img"} & set(found.tags) and not any(name.startswith("on") for name, _ in found.attributes)
         assert "https://" not in html and "http://" not in html
         html.encode("utf-8")
@@ -122,7 +113,7 @@ def test_any_order_of_events_can_be_drawn(events):
 
 
 def test_dark_pages_keep_their_colours():
-    styles = " ".join(value for name, value in Tags(card(known(told()))).attributes if name == "style")
+    styles = " ".join(Markup(card(known(told()))).values("style"))
     assert not re.search(r"(?:^|[;\s])color:\s*(?!inherit)", styles) and not re.search(r"#[0-9a-f]{3,6}|white|black", styles)
 
 
