@@ -10,11 +10,11 @@ __all__ = ['Progress', 'advance', 'progress_of', 'clock', 'numbers', 'headline',
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from pathlib import Path
-from typing import Iterable, Mapping
+from typing import Iterable, Mapping, Sequence
 import math
 import os
 from ..show.curve import curve, decimate
-from ..show.html import AS_TEXT, Html, page, table, tag
+from ..show.html import AS_TEXT, Html, in_words, page, table, tag
 from ..train.events import read_events, timeline
 from ..train.plan import as_rows
 
@@ -175,7 +175,7 @@ def _rows(facts: Mapping, before: str = "") -> dict:
     return rows
 
 def _short(value) -> str:
-    text = value if isinstance(value, str) else repr(value)
+    text = in_words(value)
     return text if len(text) <= 120 else text[:119] + "…"
 
 def _fold(title: str, facts: Mapping) -> Html:
@@ -238,21 +238,21 @@ def events_file(folder: str | Path) -> Path:
     return path
 
 # %% ../../nbs/look/10_report.ipynb #87ada322
-def report(source: str | Path | Iterable[Mapping]) -> Html:
-    "A self-contained HTML page about a run, from its folder or its events: card, what it learnt and what it forgot, what its curves show, curve and every evaluation."
+def report(source: str | Path | Iterable[Mapping], found: Sequence | None = None) -> Html:
+    "A self-contained HTML page about a run, from its folder or its events: card, what it learnt and what it forgot, what its curves show, curve and every evaluation. found: what `look.runs.remarks` says of it, if that is known already."
     from rwkv_peft.look.runs import remarks
     events = read_events(events_file(source)) if isinstance(source, (str, Path)) else list(source)
     p = progress_of(events)
-    p = replace(p, remarks=tuple(remarks(events)), status="stopped" if p.status == "training" else p.status)
+    p = replace(p, remarks=tuple(remarks(events) if found is None else found), status="stopped" if p.status == "training" else p.status)
     general = lambda e: _number(e.get("general") or {}, "loss")
     tests = table([[e["step"], float(e["loss"]), "" if general(e) is None else general(e)] for e in p.evals], head=["step", "held-out loss", "general text"]) if p.evals else ""
     return page(p.name, tag("div", tag("h1", p.name), card(p), judgement_table(p), tag("h2", "Loss"), curve(series(p)), tests))
 
 # %% ../../nbs/look/10_report.ipynb #f5e15431
-def write_report(folder: str | Path) -> Path:
-    "Write `report.html` into a run's folder, from the folder alone, and return its path."
+def write_report(folder: str | Path, found: Sequence | None = None) -> Path:
+    "Write `report.html` into a run's folder, from the folder alone, and return its path. found: see `report`."
     path = Path(folder) / "report.html"
-    html = report(folder)
+    html = report(folder, found)
     draft = path.with_name("report.html.tmp")
     draft.write_text(html, encoding="utf-8")
     os.replace(draft, path)
