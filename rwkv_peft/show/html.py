@@ -68,14 +68,13 @@ def table(rows: Mapping | Sequence[Sequence], head: Sequence[str] | None = None,
 
 # %% ../../nbs/show/10_html.ipynb #79da4319
 def in_words(value: Any) -> str:
-    "A value of any depth as text for people: a list as its members, a table as `name = value`, a switch as `true` or `false`, None as `unset`; no brackets, braces or quotes are added."
+    "A value of any depth as text for people: a list as its members, a table as `name = value`, a switch as `true` or `false`, None as `unset`. What is a list or table within one stands in parentheses."
     if value is None: return "unset"
     if isinstance(value, bool): return "true" if value else "false"
     if isinstance(value, float): return f"{value:g}"
     if not isinstance(value, (Mapping, list, tuple)): return str(value)
-    members = list(value.values()) if isinstance(value, Mapping) else value
-    parts = [f"{name} = {in_words(x)}" for name, x in value.items()] if isinstance(value, Mapping) else map(in_words, value)
-    return ("; " if any(isinstance(x, (Mapping, list, tuple)) for x in members) else ", ").join(parts) or "none"
+    inner = lambda x: f"({in_words(x)})" if isinstance(x, (Mapping, list, tuple)) else in_words(x)
+    return ", ".join([f"{name} = {inner(x)}" for name, x in value.items()] if isinstance(value, Mapping) else map(inner, value)) or "none"
 
 # %% ../../nbs/show/10_html.ipynb #b7669321
 _BLUE, _ORANGE = "70,140,230", "225,125,40"     # painted at up to 45 % over either background
