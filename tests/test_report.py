@@ -9,7 +9,9 @@ from hypothesis import given, settings, strategies as st
 
 from markup import Markup
 from rwkv_peft.look.report import Progress, advance, card, headline, means, numbers, plan_card, progress_of, report, write_report
+from rwkv_peft.look.runs import difference
 from rwkv_peft.notebook.card import LiveCard, TextCard, curve_bundle, ended
+from rwkv_peft.train.plan import as_rows
 
 EVIL = "</td><script>alert(1)</script><img src=x onerror=alert(2)> \" ' & \ud800"
 
@@ -151,6 +153,18 @@ def test_any_order_of_events_can_be_drawn(events):
     p = known(events)
     assert "<progress" not in card(p) and "\n" not in headline(p)            # there is no start, hence no plan
     report(events)
+
+
+def test_nobody_has_to_read_python_in_a_table():
+    "A list, a table, a switch and what is unset, in every card and table that shows settings."
+    config = {"name": "a", "peft": [{"method": "lora", "r": 8}, "state"], "grad_cp": True, "layerwise_lr": False, "ranks": {"att": 16}, "targets": ["att", "ffn"], "lr_init": 2e-4}
+    start = {"event": "start", "config": config, "plan": {"methods": ["LoRA", "StateTuning"], "steps": 5, "lr_init": None}, "data": {"rows": 3, "source": None, "notes": ["one", "two"]}, "versions": {}}
+    plan = as_rows(start["plan"])
+    found = difference([start], [{**start, "config": {"name": "b", "peft": "lora", "loss_mask": None}}])
+    shown = {"card": Markup(card(known([start]))).text, "plan": Markup(plan_card("a", plan)).text, "lines": "\n".join(f"{k}: {v}" for k, v in plan.items()), "difference": Markup(found._repr_html_()).text, "difference as text": repr(found)}
+    for where, text in shown.items(): assert not re.search(r"[\[{]['\"]|\b(None|True|False)\b", text), (where, text)
+    for where in ("card", "plan", "lines"): assert "LoRA + StateTuning" in shown[where]
+    assert "(method = lora, r = 8), state" in shown["difference"] and "true" in shown["card"] and "att, ffn" in shown["card"] and "unset" in shown["difference as text"]
 
 
 def test_dark_pages_keep_their_colours():

@@ -6,7 +6,7 @@
 __all__ = ['GOING', 'OVER', 'FIRST', 'Place', 'PanelCard', 'hushed', 'Panel', 'fill', 'look_over', 'sound', 'work', 'wait_for',
            'offers', 'key_of', 'show_rows', 'run_of', 'let_go', 'show_plan_of', 'begin', 'free', 'set_off', 'alive_run',
            'go_on', 'set_buttons', 'folder_of_run', 'show_run', 'show_runs', 'show_difference', 'write_out', 'answer',
-           'pressed', 'parts_of', 'box_of', 'find', 'take_preset', 'read_back', 'show_panel', 'open_panel']
+           'pressed', 'parts_of', 'box_of', 'find', 'take_preset', 'read_in', 'read_back', 'show_panel', 'open_panel']
 
 # %% ../../nbs/notebook/36_panel.ipynb #96a5ac78
 from collections import ChainMap
@@ -23,7 +23,7 @@ from ..look.runs import curves, difference, remark_list, remarks, runs_table
 from .card import LiveCard, Throttle, card_bundle
 from .chat import Conversation, conversation_table, models_of
 from .magic import alive, launch, refuse_second, usage_error
-from .panel_form import PRESETS, Field, cell_of, complaints_of, field_text, is_literal, python_of, read_cell
+from .panel_form import PRESETS, Field, cell_of, complaints_of, field_text, form_table, is_literal, python_of, read_cell
 from .attach import run_folder, run_names
 from .results import write_result
 from ..model.checkpoint import bundled, config_of, read
@@ -31,7 +31,7 @@ from ..model.sample import Sampler
 from ..model.tokenizer import tokenizer_for
 from ..peft.adapters import detach
 from ..show.html import AS_TEXT, Html, tag
-from ..train.config import Config, ConfigError, settings_table
+from ..train.config import Config, ConfigError
 from ..train.events import read_events
 from ..train.loop import Run, finetune, prepare, read_rows_of
 from ..train.plan import as_rows
@@ -89,7 +89,7 @@ class Panel:
     def __init__(self, names: Mapping | None = None, **settings):
         self.given: dict[str, Any] = {}
         self.names = ChainMap(self.given, names if names is not None else {})
-        self.fields = {row["name"]: Field(row, self.names, self.changed) for row in settings_table()}
+        self.fields = {row["name"]: Field(row, self.names, self.changed) for row in form_table()}
         self.sheet, self.record, self.card, self.curve = Place(), Place(), Place(), Place()
         self.view = PanelCard(self.card, self.curve, self.heard)
         self.run = self.planned = self.rows = self.talk = self.task = None      # planned: (settings, run); rows: (settings, data); talk: (models, conversation)
@@ -105,7 +105,7 @@ class Panel:
     def as_cell(self) -> str: return cell_of(self.fields)
     def as_python(self) -> str: return python_of(self.as_cell())
     @classmethod
-    def from_cell(cls, text: str, names: Mapping | None = None): return cls(names, **read_cell(text, names or {}))
+    def from_cell(cls, text: str, names: Mapping | None = None): return read_in(text, names or {}, lambda values: cls(names, **values))
 
     def preview(self, i: int = 0): work(self, "the rows", lambda: show_rows(self, i))
     def plan(self): work(self, "the plan", lambda: show_plan_of(self))
@@ -139,7 +139,7 @@ def fill(panel: Panel, settings: Mapping):
             except ValueError: panel.given[name] = value
             field.set(value)
             widget = field.widget
-            if not is_literal(value) and hasattr(widget, "options") and not isinstance(widget.options, dict): widget.options = (*dict.fromkeys([*widget.options, widget.value]),)
+            if value is not None and not is_literal(value) and hasattr(widget, "options") and not isinstance(widget.options, dict): widget.options = (*dict.fromkeys([*widget.options, widget.value]),)
     finally: panel.filling = False
     look_over(panel)
 
@@ -431,10 +431,16 @@ def take_preset(panel: Panel):
     panel.tell("a starting point, and no more than that; the plan says whether your rows fit")
 
 # %% ../../nbs/notebook/36_panel.ipynb #6b9f0e90
+def read_in(text: str, names: Mapping, fill_in: Callable[[dict], Panel]) -> Panel:
+    "The panel that `fill_in` makes of a cell's values; what there is to say about the flags of a script stands in its sheet."
+    notes: list[str] = []
+    panel = fill_in(read_cell(text, names, notes.append))
+    if notes: panel.put(tag("div", tag("b", "read from an RWKV-PEFT script"), tag("ul", *(tag("li", said) for said in notes)), class_=AS_TEXT), "\n".join(f"note: {said}" for said in notes))
+    return panel
+
 def read_back(panel: Panel):
     "Fills in the form from the text of the cell; what the cell doesn't say goes back to its default."
-    values = read_cell(panel.parts["cell"].value, panel.names)
-    panel.set(**{name: values.get(name) for name in panel.fields})
+    read_in(panel.parts["cell"].value, panel.names, lambda values: panel.set(**{name: values.get(name) for name in panel.fields}) or panel)
 
 # %% ../../nbs/notebook/36_panel.ipynb #4c0f48f2
 def show_panel(panel: Panel):
@@ -447,8 +453,8 @@ def show_panel(panel: Panel):
 
 # %% ../../nbs/notebook/36_panel.ipynb #23fae953
 def open_panel(shell: Any, line: str = "", cell: str = ""):
-    "`%rwkv_panel [NAME]`, or `%%rwkv_panel` with the lines of a `%%rwkv_finetune` cell: shows a panel, and binds it to the variable `panel`."
+    "`%rwkv_panel [NAME]`, or `%%rwkv_panel` with the body of a `%%rwkv_finetune` cell: shows a panel, and binds it to the variable `panel`."
     names = shell.user_ns
     if not isinstance(names.get("panel", None), (Panel, type(None))): raise usage_error(f"the variable panel holds a {type(names['panel']).__name__} already, and the panel would replace it; rename that first")
-    names["panel"] = Panel(names, **read_cell(f"%%rwkv_panel {line}\n{cell}", names))
+    names["panel"] = Panel.from_cell(f"%%rwkv_panel {line}\n{cell}", names)
     names["panel"].show()
