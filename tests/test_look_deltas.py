@@ -276,13 +276,15 @@ def gone_on_with(adapter, name, tmp_path):
 
 
 def refused(run, tmp_path):
-    "Another base, and a checkpoint that lacks a tensor."
+    "Another base, and a checkpoint that lacks a tensor or has it in another shape."
     torch.save({n: x + 1 for n, x in official(load("rwkv7-tiny", "cpu", torch.float32)).items()}, tmp_path / "other.pth")
     with pytest.raises(AdapterError, match="another base"): delta_history(run, tmp_path / "other.pth")
     file = run / "checkpoints/step-2/trained.safetensors"
     tensors = load_file(file)
-    save_file({n: x for n, x in tensors.items() if not n.endswith("blocks.1.att.key.adapter.layer.hada_w1_a.default")}, file)
-    with pytest.raises(AdapterError, match="don't hold the same parameters .*hada_w1_a"): deltas(run)
+    odd = next(n for n in tensors if n.endswith("blocks.1.att.key.adapter.layer.hada_w1_a.default"))
+    for changed in ({n: x for n, x in tensors.items() if n != odd}, tensors | {odd: tensors[odd][:, :1].clone()}):
+        save_file(changed, file)
+        with pytest.raises(AdapterError, match="don't hold the same parameters .*hada_w1_a"): deltas(run)
 
 
 @pytest.mark.parametrize("out, inside, rank", [(640, 700, 640), (900, 513, 513), (600, 520, 7), (520, 600, 0)])

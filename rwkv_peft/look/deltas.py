@@ -263,7 +263,7 @@ def at_checkpoint(model: nn.Module, found: Contents, run: str | os.PathLike) -> 
         if saved: load_adapter(model, saved)      # with what doesn't train and yet is the adapter's, such as VeRA's two random matrices
         else: attach(model, *methods_of(config), targets=config.targets)
     here = dict(model.named_parameters())
-    odd = min((set(found.foreign) - set(here)) | (set(trained_parameters(model)) - set(found.foreign)), default=None)
+    odd = min({n for n, x in found.foreign.items() if n not in here or here[n].shape != x.shape} | (set(trained_parameters(model)) - set(found.foreign)), default=None)
     if odd: raise AdapterError(f"a checkpoint of {run} and its settings don't hold the same parameters ({odd}); was a file of the run changed?")
     for name, x in found.foreign.items(): here[name].copy_(x)
     model.attached.weights = [n for n in here if n in found.foreign and is_weight(n)]
