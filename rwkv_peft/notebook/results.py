@@ -23,7 +23,7 @@ def write_result(folder: str | Path, out: str | Path, *, state: bool = False, sa
     folder, out = Path(folder), refuse_existing(out)
     kind = format_of(out)
     if (folder / "model.pth").exists(): return export(folder / "model.pth", out, say=say)
-    if not (folder / "adapter").is_dir(): raise ConfigError(f"name: run {folder.name!r} holds no result yet, it has not come to its end; resume it, and let it end")
+    if not (folder / "adapter").is_dir(): raise ConfigError(f"name: run {folder.name!r} holds no result yet: let it come to its end, or stop it")
     base = load_config(folder, {}).model
     if base is None: raise ConfigError(f"model: run {folder.name!r} was made over a model object that has no file; merge that in Python: merge(run.model), then export(run.model, {str(out)!r})")
     if kind in ("pth", "safetensors"): return merge_files(base, folder, out, state=state, say=say)
