@@ -430,7 +430,7 @@ def take_preset(panel: Panel):
     panel.set(**PRESETS[label])
     panel.tell("a starting point, and no more than that; the plan says whether your rows fit")
 
-# %% ../../nbs/notebook/36_panel.ipynb #6b9f0e90
+# %% ../../nbs/notebook/36_panel.ipynb #6f9337fb
 def read_in(text: str, names: Mapping, fill_in: Callable[[dict], Panel]) -> Panel:
     "The panel that `fill_in` makes of a cell's values; what there is to say about the flags of a script stands in its sheet."
     notes: list[str] = []
@@ -438,6 +438,7 @@ def read_in(text: str, names: Mapping, fill_in: Callable[[dict], Panel]) -> Pane
     if notes: panel.put(tag("div", tag("b", "read from an RWKV-PEFT script"), tag("ul", *(tag("li", said) for said in notes)), class_=AS_TEXT), "\n".join(f"note: {said}" for said in notes))
     return panel
 
+# %% ../../nbs/notebook/36_panel.ipynb #6b9f0e90
 def read_back(panel: Panel):
     "Fills in the form from the text of the cell; what the cell doesn't say goes back to its default."
     read_in(panel.parts["cell"].value, panel.names, lambda values: panel.set(**{name: values.get(name) for name in panel.fields}) or panel)

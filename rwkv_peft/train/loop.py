@@ -240,7 +240,7 @@ def examine(run: Run) -> list[dict]:
     with whole(run.engine, run.model.parameters() if run.config.sample_prompts else ()): return said + [speak(run, prompt) for prompt in run.config.sample_prompts]
 
 def _since_first(run: Run, nats: list[float]) -> dict | None:
-    row = None if run.shown is None else {"i": run.shown, "nats": token_losses(run.model, run.held_out[run.shown].tokens[:LONGEST + 1])}      # read on every rank: weights may be spread over them
+    row = None if run.shown is None else {"i": run.shown, "nats": token_losses(run.model, run.held_out[run.shown].tokens[:LONGEST + 1], min(256, run.config.chunk_ctx or 256))}      # on every rank: weights may be spread over them
     if run.rank: return None
     first = keep_losses(run.folder, run.step, nats, row)
     return change_of(first, nats, run.held_out, run.held_out_bytes) if run.step else None
