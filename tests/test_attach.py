@@ -115,7 +115,7 @@ def test_who_is_gone():
     assert is_gone(told(ended.pid, 99), now) and not is_gone(told(ended.pid, 3), now)
     assert is_gone(told(os.getpid(), 10 ** 8), now)                                                            # the number has been given again
     assert not is_gone(told(None, 500), now) and is_gone(told(None, 700), now)                               # of a version that wrote none
-    again = [*told(ended.pid, 50, "stopped"), *told(os.getpid(), 20)]
+    again = [*told(ended.pid, 50, "stopped"), *told(os.getpid(), 0)[:1], {"event": "step", "time": now - 20}]
     assert not is_gone(again, now)                                                                              # the last session counts
 
 
@@ -224,5 +224,6 @@ def test_followed_runs_have_a_difference(book, tmp_path):
 def test_a_moved_run_knows_its_new_place(tmp_path):
     run = make(tmp_path / "runs", name="old", max_steps=2).fit()
     folder = run.folder.rename(tmp_path / "new")
-    assert attach(folder, view=TextCard()).progress.folder == str(folder) and str(run.folder) not in report(folder)
+    assert attach(folder, view=TextCard()).progress.folder == str(folder)
+    assert f"{str(folder)}</code>" in report(folder) and f"{str(run.folder)}</code>" not in report(folder)             # settings and plan stay as they were
     assert attach(os.path.relpath(folder), view=TextCard()).progress.folder == os.path.relpath(folder)

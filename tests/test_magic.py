@@ -37,7 +37,7 @@ class FakeRun:
 
     def steps(self):
         self.thread = threading.current_thread()
-        yield {"event": "start", "config": {"name": self.settings.get("name") or "dated"}, "plan": {"steps": self.length}, "data": {}, "versions": {}, "folder": "runs/x"}
+        yield {"event": "start", "config": {"name": self.settings.get("name") or "dated"}, "plan": {"steps": self.length}, "data": {}, "versions": {}, "folder": f"runs/{self.settings.get('name') or 'dated'}"}
         for step in range(1, self.length + 1):
             self.begun.set()
             if self.fails: raise self.fails

@@ -141,7 +141,7 @@ def _without_documents(text: str, notes: list[str]) -> str:
         if re.search(r"\btrain\w*\.py\b", found["body"]): return found[0]
         number = found.string[:found.start("body")].count("\n") + 1
         notes.append(f"line {number}: what stands up to {found['end']} is a text for another command, and is not read")
-        return found["head"] + "\n" * (found["body"].count("\n") + 1)
+        return found["head"] + "\n" * found["body"].count("\n")
     return re.sub(r"""(?P<head>(?<!<)<<-?[ \t]*(['"]?)(?P<end>[A-Za-z_]\w*)\2[^\n]*\n)(?P<body>(?:[^\n]*\n)*?)\t*(?P=end)[ \t]*(?=\n|\Z)""", emptied, text.replace("\r\n", "\n"))
 
 # %% ../../nbs/train/12_script.ipynb #205a2d13
