@@ -9,11 +9,11 @@ from functools import partial
 
 import pytest
 
-from rwkv_peft.look.report import progress_of
-from rwkv_peft.notebook.attach import Watcher, attach, is_gone, run_folder, run_names
+from rwkv_peft.look.report import progress_of, report
+from rwkv_peft.notebook.attach import Watcher, attach, run_folder, run_names
 from rwkv_peft.notebook.card import TextCard
 from rwkv_peft.notebook.magic import alive
-from rwkv_peft.train.events import read_events
+from rwkv_peft.train.events import is_gone, read_events
 from rwkv_peft.train.loop import report_of
 
 from test_train import make
@@ -114,7 +114,7 @@ def test_who_is_gone():
     assert is_gone(told(ended.pid, 99), now) and not is_gone(told(ended.pid, 3), now)
     assert is_gone(told(os.getpid(), 10 ** 8), now)                                                            # the number has been given again
     assert not is_gone(told(None, 500), now) and is_gone(told(None, 700), now)                               # of a version that wrote none
-    again = [*told(ended.pid, 50, "stopped"), *told(os.getpid(), 20)]
+    again = [*told(ended.pid, 50, "stopped"), *told(os.getpid(), 0)[:1], {"event": "step", "time": now - 20}]
     assert not is_gone(again, now)                                                                              # the last session counts
 
 
@@ -172,4 +172,57 @@ def test_a_killed_run_is_told_from_a_slow_one(book, monkeypatch):
     sleeper.wait()
     assert run.wait(LIMIT).progress.status == "stopped" and "its process is gone" in run.progress.notes[-1]
     run.stop()
-    assert not (folder / "stop").exists()
+    assert (folder / "stop").exists()                   # it does no harm, and helps where "gone" was a wrong guess
+
+
+def test_a_run_of_another_machine_is_waited_for_and_stopped(book, monkeypatch):
+    monkeypatch.setattr(sys.modules["rwkv_peft.notebook.attach"], "is_gone", partial(is_gone, quiet=.1))
+    folder, write = book
+    write(line("start", config={"name": "written"}, plan={"steps": 9}, data={}, versions={}, folder=str(folder), pid=2 ** 22 + 1, host="elsewhere") + step(1))
+    run = attach(folder, view=TextCard())
+    time.sleep(.6)
+    assert not run.thread.finished.is_set() and run.progress.status == "training"
+    run.stop()
+    assert (folder / "stop").exists()
+    write(line("stopped", step=1, message="as asked"))
+    assert run.wait(LIMIT).progress.status == "stopped"
+
+
+def test_a_new_run_in_the_same_folder_is_followed_from_its_beginning(book):
+    folder, write = book
+    write(step(1) + step(2) + step(3))
+    run = attach(folder, view=TextCard())
+    assert run.progress.step == 3
+    first = (folder / "events.jsonl").read_text().splitlines(keepends=True)[0]
+    (folder / "events.jsonl").write_text(first)
+    soon(lambda: run.progress.step == 0)
+    write(step(1))
+    soon(lambda: run.progress.step == 1)
+    write(line("stopped", step=1, message=""))
+    assert [e["event"] for e in run.wait(LIMIT).events] == ["start", "step", "stopped"] and run.progress.curve == ((1, 1.0),)
+
+
+@pytest.mark.parametrize("bad", ["garbage\n", "null\n", '{"event": "step", "step": 2}\n'])
+def test_a_line_damaged_meanwhile_is_named(book, bad):
+    folder, write = book
+    run = attach(folder, view=TextCard())
+    write(bad)
+    with pytest.raises(ValueError, match="events.jsonl line 2: not an event"): run.wait(LIMIT)
+    assert run.progress.status == "error" and "line 2: not an event" in run.progress.message
+    with pytest.raises(ValueError, match="line 2: not an event"): attach(folder, view=TextCard())
+
+
+def test_followed_runs_have_a_difference(book, tmp_path):
+    folder, write = book
+    write(step(1) + line("stopped", step=1, message=""))
+    mine, other = make(tmp_path, max_steps=1).fit(), attach(folder, view=TextCard())
+    assert (other - mine).names == ("written", "run") and (mine - other).names == ("run", "written") and (other - other).results["tokens read"][2] == 0
+    with pytest.raises(TypeError): other - 3
+
+
+def test_a_moved_run_knows_its_new_place(tmp_path):
+    run = make(tmp_path / "runs", name="old", max_steps=2).fit()
+    folder = run.folder.rename(tmp_path / "new")
+    assert attach(folder, view=TextCard()).progress.folder == str(folder)
+    assert f"{str(folder)}</code>" in report(folder) and f"{str(run.folder)}</code>" not in report(folder)             # settings and plan stay as they were
+    assert attach(os.path.relpath(folder), view=TextCard()).progress.folder == os.path.relpath(folder)

@@ -18,7 +18,7 @@ from rwkv_peft.model.rwkv import RWKV, RWKVConfig
 from rwkv_peft.model.tokenizer import Bytes, World
 from rwkv_peft.train.config import Config, ConfigError
 from rwkv_peft.train.evaluate import LONGEST, by_document, change_of, document_losses, evaluate, general_rows, keep_losses, paired_bootstrap, read_general, row_to_show, trained_bytes
-from rwkv_peft.train.events import read_events
+from rwkv_peft.train.events import EventLog, read_events
 from rwkv_peft.train.loop import Run, finetune
 from rwkv_peft.train.loss import on_device
 
@@ -174,7 +174,7 @@ def test_a_run_reports_change_and_forgetting(ran):
     forgot = found["forgetting"]
     assert forgot["before"]["loss"] == pytest.approx(general["loss"], abs=1e-6) and forgot["after"]["loss"] == pytest.approx(evaluate(run.model, read_data(GENERAL, Bytes()))["loss"], abs=1e-6)
     assert forgot["change"] == pytest.approx(forgot["after"]["loss"] - forgot["before"]["loss"]) and found["samples"][0]["base"] is not None
-    lines = read_events(run.folder / "eval.jsonl")
+    lines = EventLog(run.folder / "eval.jsonl").events
     assert [x["step"] for x in lines] == [0, 2, 4, 6] and lines[0]["nats"] == pytest.approx(before, rel=1e-5)
     assert of(run.events, "eval")[0]["change"] is None and json.loads(json.dumps(found)) == found
 
@@ -255,7 +255,7 @@ def test_a_resumed_run_compares_with_the_first_evaluation_on_the_same_text(tmp_p
     assert again.general.fingerprint() == whole.general.fingerprint() and (tmp_path / "run/data/general").is_dir()
     a, b = again.report(), whole.report()
     assert a["change"]["loss"] == pytest.approx(b["change"]["loss"], abs=1e-6) and a["forgetting"]["change"] == pytest.approx(b["forgetting"]["change"], abs=1e-6)
-    assert [e["step"] for e in read_events(tmp_path / "run/eval.jsonl")] == [0, 2, 4, 6]
+    assert [e["step"] for e in EventLog(tmp_path / "run/eval.jsonl").events] == [0, 2, 4, 6]
 
 
 def test_none_stays_none(tmp_path):
@@ -286,4 +286,4 @@ def test_refusals(tmp_path):
 def test_losses_of_a_killed_write_are_passed_over(tmp_path):
     first = keep_losses(tmp_path, 0, [1.5, math.pi * 1e5])
     with open(tmp_path / "eval.jsonl", "a") as f: f.write('{"step": 1, "na')
-    assert keep_losses(tmp_path, 1, [1., 2.]) == first == [1.5, 314159.265] and len(read_events(tmp_path / "eval.jsonl")) == 2
+    assert keep_losses(tmp_path, 1, [1., 2.]) == first == [1.5, 314159.265] and len(EventLog(tmp_path / "eval.jsonl").events) == 2

@@ -17,10 +17,10 @@ EVIL = "</td><script>alert(1)</script><img src=x onerror=alert(2)> \" ' & \x1b[3
 
 
 def steps(losses, **more):
-    return [{"event": "step", "step": i + 1, "loss": x, "lr": 1e-3, "grad_norm": 1.0, "tokens": 100, "seconds": .5, "memory": 2 ** 30, "rows": [i], **{k: v[i] for k, v in more.items()}} for i, x in enumerate(losses)]
+    return [{"event": "step", "time": 1.7e9, "step": i + 1, "loss": x, "lr": 1e-3, "grad_norm": 1.0, "tokens": 100, "seconds": .5, "memory": 2 ** 30, "rows": [i], **{k: v[i] for k, v in more.items()}} for i, x in enumerate(losses)]
 
 
-def evals(*points): return [{"event": "eval", "step": s, "loss": x, "bits_per_byte": x / math.log(2), "tokens": 50} for s, x in points]
+def evals(*points): return [{"event": "eval", "time": 1.7e9, "step": s, "loss": x, "bits_per_byte": x / math.log(2), "tokens": 50, "best": False} for s, x in points]
 def start(name="my-run", **config): return {"event": "start", "time": 1.7e9, "config": {"name": name, "peft": "lora", **config}, "plan": {"steps": 9, "methods": ["LoRA"]}, "data": {}, "versions": {"torch": "2"}, "folder": f"runs/{name}"}
 def kinds(events): return {r.kind: r for r in remarks(events)}
 
@@ -137,7 +137,7 @@ def test_any_order_of_events_has_curves_and_remarks(events):
 
 def test_markup_and_long_lines_from_anywhere_stay_text(tmp_path):
     long = EVIL + "x" * 100_000
-    def told(name): return [start(name=name, model=long, data=long), *steps([2., 1.]), *evals((0, 2.), (2, 1.)), {"event": "sample", "step": 2, "prompt": long, "base": long, "text": long}, {"event": "error", "step": 2, "message": f"the loss is nan {long}", "rows": [1]}]
+    def told(name): return [start(name=name, model=long, data=long), *steps([2., 1.]), *evals((0, 2.), (2, 1.)), {"event": "sample", "time": 1.7e9, "step": 2, "prompt": long, "base": long, "text": long}, {"event": "error", "time": 1.7e9, "step": 2, "message": f"the loss is nan {long}", "rows": [1]}]
     a, b = told(long), told(EVIL)
     place = tmp_path / "odd <b> name"
     place.mkdir()
@@ -165,9 +165,9 @@ def test_the_table_of_runs(tmp_path):
     def write(name, events, more=""):
         (tmp_path / name).mkdir()
         (tmp_path / name / "events.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events) + more)
-    write("b", [{**start("b"), "time": 1.8e9}, *evals((0, 3.), (2, 1.5)), *steps([2., 1.]), {"event": "done", "step": 2, "message": ""}])
+    write("b", [{**start("b"), "time": 1.8e9}, *evals((0, 3.), (2, 1.5)), *steps([2., 1.]), {"event": "done", "time": 1.8e9, "step": 2, "best_step": None, "message": ""}])
     write("a", [start("a"), *steps([5.]), *evals((1, 2.5))], more='{"event": "st')                # killed while it wrote
-    write("c", [start("c"), *steps(["nan"]), {"event": "error", "step": 1, "message": "x"}])
+    write("c", [start("c"), *steps(["nan"]), {"event": "error", "time": 1.7e9, "step": 1, "message": "x"}])
     write("d", [], more="this is no event\n")
     write("e", [])
     (tmp_path / "no run").mkdir()
@@ -181,6 +181,18 @@ def test_the_table_of_runs(tmp_path):
     assert "1.00 GiB" in text and "line 1: not an event" in text
     assert "there are no runs in" in runs_table(tmp_path / "nowhere") and "there are no runs" in runs_table(tmp_path / "no run")
     with pytest.raises(ValueError, match="held out"): runs_table(tmp_path, by="heldout")
+
+
+@pytest.mark.parametrize("line", ["null", "3", "{}", "[1]", '{"event":"step","step":1}', '{"event":"resumed"}', '{"event":"start","config":null,"plan":[1]}',
+                                  '{"event":"start","time":1e300,"config":{},"versions":{},"plan":{},"data":{},"folder":""}', '{"event":"start","time":1,"config":{},"versions":{},"plan":{"methods":3},"data":{},"folder":""}'])
+def test_a_damaged_run_hides_no_other(tmp_path, line):
+    for name, text in (("good", "".join(json.dumps(e) + "\n" for e in [start("good"), *steps([2.])])), ("bad", line + "\n")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "events.jsonl").write_text(text)
+    found = {f["name"]: f["status"] for f in runs_in(tmp_path)}
+    assert found["good"] == "unfinished" and found["bad"].startswith("can't be read: ")
+    if '"time"' not in line: assert "bad/events.jsonl line 1: not an event" in found["bad"]
+    assert "can't be read" in Tags(runs_table(tmp_path)).text
 
 
 def test_a_difference_is_of_settings_results_and_curves():

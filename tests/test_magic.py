@@ -40,7 +40,7 @@ class FakeRun:
 
     def steps(self):
         self.thread = threading.current_thread()
-        yield {"event": "start", "config": {"name": self.settings.get("name") or "dated"}, "plan": {"steps": self.length}, "data": {}, "versions": {}, "folder": "runs/x"}
+        yield {"event": "start", "config": {"name": self.settings.get("name") or "dated"}, "plan": {"steps": self.length}, "data": {}, "versions": {}, "folder": f"runs/{self.settings.get('name') or 'dated'}"}
         for step in range(1, self.length + 1):
             self.begun.set()
             if self.fails: raise self.fails
@@ -161,6 +161,18 @@ def test_show_code_is_python_that_makes_the_same_settings(shell):
     code = captured.stdout.replace("import rwkv_peft\n", "").replace("run.fit()", "")
     exec(code, {"my_rows": [1, 2, 3], "rwkv_peft": SimpleNamespace(finetune=lambda **settings: caught.update(settings))})
     assert caught == {"name": "my-run", "model": "m", "data": [1, 2], "r": 4, "alpha": 8}
+
+
+@pytest.mark.parametrize("value", ["(4 +\n     4)", "(s := 4)", "1, 2", "[1,\n 2]", "\'\'\'a\nb\'\'\'", "(i for i in [1])", "lambda x: (x, 1)", "*[1], 2", "(1)"])
+def test_code_shown_is_python(value):
+    "Alone on a line, and as an argument."
+    for body in (f"r = {value}", f"r = {value}\nalpha = r"):
+        settings = magic.parse_body(body, NAMES)
+        tree = ast.parse(magic.as_code(magic.Options("x"), settings))
+        call = tree.body[-2].value
+        given = {k.arg: k.value for k in call.keywords}
+        told = given["r"] if body.count("alpha") == 0 else tree.body[1].value
+        assert ast.dump(told) == ast.dump(settings[0].tree) and set(given) == {"name", *(s.name for s in settings)} and not call.args
 
 
 def test_dry_run_shows_the_plan_and_trains_nothing(shell):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from markup import Markup
-from rwkv_peft.look.report import Progress, advance, card, headline, means, numbers, plan_card, progress_of, report, write_report
+from rwkv_peft.look.report import Progress, advance, advice, card, headline, means, numbers, plan_card, progress_of, report, write_report
 from rwkv_peft.look.runs import difference
 from rwkv_peft.notebook.card import LiveCard, TextCard, curve_bundle, ended
 from rwkv_peft.train.plan import as_rows
@@ -17,11 +17,11 @@ EVIL = "</td><script>alert(1)</script><img src=x onerror=alert(2)> \" ' & \ud800
 
 
 def told(name="my-run", steps=5, end="done"):
-    yield {"event": "start", "config": {"name": name, "peft": "lora"}, "plan": {"steps": steps}, "data": {"rows": 3}, "versions": {"torch": "2"}, "folder": f"runs/{name}"}
+    yield {"event": "start", "time": 0, "config": {"name": name, "peft": "lora"}, "plan": {"steps": steps}, "data": {"rows": 3}, "versions": {"torch": "2"}, "folder": f"runs/{name}"}
     for step in range(1, steps + 1):
-        yield {"event": "step", "step": step, "loss": 2.0 / step, "lr": 1e-3, "grad_norm": 1.0, "tokens": 100, "seconds": .5, "memory": 2 ** 30, "rows": [step]}
-    yield {"event": "eval", "step": steps, "loss": .4, "bits_per_byte": .2, "tokens": 50, "best": True}
-    if end: yield {"event": end, "step": steps, "message": ""}
+        yield {"event": "step", "time": 0, "step": step, "loss": 2.0 / step, "lr": 1e-3, "grad_norm": 1.0, "tokens": 100, "seconds": .5, "memory": 2 ** 30, "rows": [step]}
+    yield {"event": "eval", "time": 0, "step": steps, "loss": .4, "bits_per_byte": .2, "tokens": 50, "best": True}
+    if end: yield {"event": end, "time": 0, "step": steps, "best_step": None, "message": ""}
 
 
 def known(events): return reduce(advance, events, Progress())
@@ -249,3 +249,46 @@ def test_a_terminal_gets_lines_from_the_thread_that_waits(capsys):
     view.close()
     out = capsys.readouterr().out
     assert "note: two rows are alike\n" in out and "my-run: done, step 5 of 5, loss 0.400" in out and "\r" not in out
+
+
+def test_advice_can_be_typed():
+    "The name comes back from the line, or is given only where Python reads it."
+    from rwkv_peft.notebook.magic import read_line
+    for name in ("my run", "it's \"x\"", "plain"):
+        command = re.search(r"`%rwkv_finetune (.*?)`", advice(known(told(name, end="stopped"))))[1]
+        assert read_line(command) == (name, {"resume"})
+    for name in ("-x", "lr=1", "{a}", "$a"): assert "%rwkv" not in advice(known(told(name, end="stopped"))) and repr(f"runs/{name}") in advice(known(told(name, end="stopped")))
+
+
+def test_a_card_has_a_limit_and_says_so():
+    long = [*told(end=None), {"event": "sample", "step": 1, "prompt": "p" * 100_000, "text": "t" * 100_000, "base": "b"}, {"event": "warning", "message": "w" * 100_000}, {"event": "error", "step": 1, "message": "m" * 100_000}]
+    html = card(known(long))
+    assert len(html) < 20_000 and html.count("events.jsonl has all 100,000 characters") == 4 and len(report(long)) < 40_000
+    assert "cut" not in card(known([*told(end=None), {"event": "error", "step": 1, "message": "m" * 2000}]))
+
+
+def test_time_that_is_no_number_is_drawn():
+    for seconds in ("inf", "nan"):
+        p = known([*told(steps=2, end=None), {"event": "step", "step": 3, "loss": 1.0, "tokens": 1, "seconds": seconds}])
+        assert "time left unknown" in headline(p) and "unknown" in card(p) and "time unknown" in headline(ended(p))
+
+
+def test_what_comes_often_waits_for_its_turn(monkeypatch):
+    clock = [0.0]
+    live, (text, picture) = live_card(monkeypatch, lambda: clock[0])
+    for event in list(told(end=None))[:1] + [{"event": kind, "step": s, "loss": 1.0, "tokens": 1, "seconds": .01, "message": "", "prompt": "p", "text": "x"} for s in range(100) for kind in ("step", "eval", "sample", "warning")]:
+        clock[0] += .005
+        live.take(event)
+    assert len(text.bundles) <= 6 and len(picture.bundles) <= 4
+    for i, kind in enumerate(("paused", "resumed", "stopped")):
+        drawn = len(text.bundles)
+        live.take({"event": kind, "step": 1, "message": ""})
+        assert len(text.bundles) == drawn + 1
+
+
+def test_a_terminal_obeys_no_row(capsys):
+    view = TextCard()
+    for event in [*told(name="a\x1b[31mb"), {"event": "warning", "message": "row \x1b[2J\x07 \u202eabc\nnext \u05e9"}]: view.take(event)
+    view.close()
+    out = capsys.readouterr().out
+    assert not set("\x1b\x07\u202e") & set(out) and r"row \x1b[2J\x07 \u202eabc" in out and "\nnext \u05e9\n" in out and r"a\x1b[31mb: done" in out

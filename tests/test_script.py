@@ -224,3 +224,52 @@ def test_convert_prints_and_names_what_is_missing(rows, capsys):
     assert command("convert", "bad.sh") == 2 and "bad.sh: line 1: $X is not assigned" in capsys.readouterr().err
     (rows / "bad.sh").write_bytes(b"\xff\xfe\x00")
     assert command("convert", "bad.sh") == 2 and "can't be read as text" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- JSON, and texts for others
+
+@pytest.mark.parametrize("flags, words", [
+    ("--peft lora --lora_config '{\"r\":4,\"alpha\":64}'", ["'r' is left out", "did you mean 'lora_r'", "'alpha' is left out", "did you mean 'lora_alpha'"]),
+    ("--peft pissa --pissa_config '{\"pissa_rr\":4}'", ["'pissa_rr' is left out", "did you mean 'pissa_r'"]),
+    ("--peft lisa --lisa_config '{\"layers\":4}'", ["'layers' is left out"]),
+    ("--loss_mask se --mask_id '{\"mask2\":\"1\"}'", ["'mask2' is left out"]),
+])
+def test_an_unknown_key_is_named(flags, words):
+    found = converted(flags)
+    assert all(any(w in note and note.startswith("line 1: --") for note in found.notes) for w in words), found.notes
+    assert "mask2" not in str(found.settings)
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--peft lora --lora_config '{\"lora_r\":\"8\"}'", "--lora_config: lora_r should be a whole number, not \"8\""),
+    ("--peft lora --lora_config '{\"lora_alpha\":null}'", "--lora_config: lora_alpha should be a number, not null"),
+    ("--peft lora --lora_config '{\"lora_r\":true}'", "lora_r should be a whole number, not true"),
+    ("--peft pissa --pissa_config '{\"pissa_r\":null}'", "--pissa_config: pissa_r"),
+    ("--peft lisa --lisa_config '{\"lisa_k\":\"x\"}'", "--lisa_config: lisa_k"),
+    ("--peft bone --bone_config '{\"bone_r\":null}'", "r=None must be a whole number"),
+    ("--peft lora --peft_config '{\"lora_alpha\":[]}'", "--peft_config: lora_alpha should be a number, not []"),
+    ("--loss_mask se --mask_id '{\"mask0\":1}'", "--mask_id: mask0 should be a text, not 1"),
+])
+def test_a_value_of_another_type_is_refused_with_its_line(flags, words):
+    said = refusal(f"\npython train.py {LEAST} {flags}")
+    assert said.startswith("line 2: ") and words in said, said
+
+
+def test_a_text_for_another_command_holds_no_flags():
+    "bash is the oracle again: what python gets."
+    script = f"""cat > x <<EOF
+--lr_init 1
+it's "open
+EOF
+cat <<-'END' > y
+\t--load_model zzz
+\tEND
+python train.py {LEAST} --lr_init 2
+"""
+    stand_in = 'python() { for word in "$@"; do printf "%s\\0" "$word"; done; }; cat() { :; }\n'
+    told = subprocess.run(["bash", "-c", stand_in + script.replace("> x", "").replace("> y", "")], capture_output=True, check=True).stdout.decode().split("\0")[1:-1]
+    flags, notes = read_flags(script)
+    assert [word for name, (_, words) in flags.items() for word in (f"--{name}", *words)] == told and flags["lr_init"] == (8, ["2"])
+    assert any("line 2: what stands up to EOF" in n for n in notes) and any("line 6: what stands up to END" in n for n in notes)
+    inside = read_script(f"sbatch <<EOF\n#!/bin/sh\npython train.py {LEAST} --lr_init 3\nEOF\n")      # a document that trains is read
+    assert inside.settings["lr_init"] == 3 and inside.lines["lr_init"] == 3

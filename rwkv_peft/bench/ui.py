@@ -26,11 +26,11 @@ def open_panel_seconds() -> float:
     return time.perf_counter() - begun
 
 # %% ../../nbs/bench/90_ui.ipynb #87cb7e33
-def long_run(panel: Any, name: str, steps: int) -> Any:
-    "A `Run` of `steps` equal steps of rwkv7-tiny in the folder where we are, with the settings put into `panel` too."
+def long_run(panel: Any, name: str, steps: int, **more) -> Any:
+    "A `Run` of `steps` equal steps of rwkv7-tiny in the folder where we are, with the settings put into `panel` too; `more` settings may be given."
     from rwkv_peft.train.loop import finetune
     rows = [{"prompt": f"What is {i} and one?", "completion": f" It is {i + 1}."} for i in range(10, 74)]
-    settings = dict(model="rwkv7-tiny", data=rows, name=name, micro_bsz=2, accumulate=1, max_steps=steps, eval_split=0., eval_steps=10 ** 9, save_steps=10 ** 9, early_stop=0)
+    settings = dict(model="rwkv7-tiny", data=rows, name=name, micro_bsz=2, accumulate=1, max_steps=steps, eval_split=0., eval_steps=10 ** 9, save_steps=10 ** 9, early_stop=0) | more
     panel.set(**settings)
     return finetune(**settings)
 
@@ -42,7 +42,7 @@ def drawing_costs(steps: int = 300, block: int = 20) -> dict:
     panel = Panel()
     panel.show()
     view = _ByTurns(panel.view, block)
-    run = long_run(panel, "costs", 2 * steps)
+    run = long_run(panel, "costs", 2 * steps, eval_steps=block, sample_prompts=["What is 12 and one?"])
     worker = Worker(run, view, "costs")
     worker.start()
     worker.join()
@@ -61,8 +61,12 @@ class _ByTurns:
         if on or event["event"] != "step":
             begun = time.thread_time()
             self.view.take(event)
-            if event["event"] == "step": self.drawing, self.drawn_steps = self.drawing + time.thread_time() - begun, self.drawn_steps + 1
-        if event["event"] != "step": return self._mark()
+            spent = (time.thread_time() - begun) * on
+            self.drawing += spent
+        if event["event"] != "step":
+            self.busy += spent      # what a sample took to write is nobody's drawing
+            return self._mark()
+        self.drawn_steps += on
         self.count += 1
         if self.count % self.block == 0:
             self.busy += (time.process_time() - self.at) * on

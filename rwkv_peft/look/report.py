@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Iterable, Mapping, Sequence
 import math
 import os
+import re
+import shlex
 from ..show.bars import stacked
 import torch
 from ..data.batches import name_of
@@ -47,6 +49,7 @@ class Progress:
     saved: str = ""                 # the newest checkpoint
     message: str = ""               # why it ended
     drawing: float = 0.0            # seconds that a display took from the run
+    place: str = ""                 # the folder that was read, if it is another than the one the run was made in
     remarks: tuple = ()             # what `look.runs.remarks` says of it, where somebody asked
 
     @property
@@ -54,7 +57,7 @@ class Progress:
     @property
     def config(self) -> dict: return self.start.get("config") or {}
     @property
-    def folder(self) -> str: return str(self.start.get("folder") or Path(self.config.get("output") or "runs", self.name))
+    def folder(self) -> str: return self.place or str(self.start.get("folder") or Path(self.config.get("output") or "runs", self.name))
     @property
     def held_out(self) -> tuple: return tuple((e["step"], float(e["loss"])) for e in self.evals)      # (step, loss)
     @property
@@ -100,13 +103,15 @@ def advance(p: Progress, event: Mapping) -> Progress:
     return p
 
 # %% ../../nbs/look/10_report.ipynb #a30e7707
-def progress_of(events: Iterable[Mapping]) -> Progress:
-    "What the events of all of a run's sessions say about the model that came out."
-    return reduce(advance, timeline(events), Progress())
+def progress_of(events: Iterable[Mapping], folder: str | Path | None = None) -> Progress:
+    "What the events of all of a run's sessions say about the model that came out. `folder`: where they were read; it counts where a run was moved, which its own events can't know."
+    p = reduce(advance, timeline(events), Progress())
+    return replace(p, place=str(folder)) if folder is not None and Path(folder).resolve() != Path(p.folder).resolve() else p
 
 # %% ../../nbs/look/10_report.ipynb #1093815e
 def clock(seconds: float) -> str:
     "Seconds as a clock shows them: `0:07`, `12:30`, `1:02:03`."
+    if not math.isfinite(seconds): return "unknown"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
@@ -141,13 +146,16 @@ def headline(p: Progress) -> str:
 # %% ../../nbs/look/10_report.ipynb #bd8c1128
 def advice(p: Progress) -> str:
     "What can be done from here, in one sentence; code stands between backticks."
-    cell = f"`%rwkv_finetune {p.name} --resume` or " if Path(p.folder).parent == Path("runs") else ""
+    name, plain = Path(p.folder).name, not re.match("-|.*[={}$`]", Path(p.folder).name)      # IPython puts variables in for {} and $
+    cell = f"`%rwkv_finetune {shlex.quote(name)} --resume` or " if Path(p.folder).parent == Path("runs") and plain else ""
     again = f"{cell}`rwkv_peft.Run.resume({p.folder!r}).fit()`"
     match p.status:
         case "stopped" | "paused": return f"stopped at step {p.step} — resume with {again}"
-        case "done": return f"{p.message or 'done'}; everything is in `{p.folder}`, the trained model in `run.model`"
-        case "error": return (p.message or "the run failed") + (f" — after a repair, go on from the last save with {again}" if p.saved else "")
+        case "done": return f"{_cut(p.message) or 'done'}; everything is in `{p.folder}`, the trained model in `run.model`"
+        case "error": return (_cut(p.message) or "the run failed") + (f" — after a repair, go on from the last save with {again}" if p.saved else "")
     return "■ stops after this step and saves"
+
+def _cut(text: str, most: int = 2000) -> str: return text if len(text) <= most else f"{text[:most]}… (cut; events.jsonl has all {len(text):,} characters)"
 
 # %% ../../nbs/look/10_report.ipynb #e9b3f9e8
 _FRAME = "color:inherit;background:transparent;border:1px solid rgba(128,128,128,.4);border-radius:6px;padding:.6em .9em;max-width:60em"
@@ -170,14 +178,14 @@ def _coded(text: str) -> list:
 def _samples(p: Progress) -> Html:
     newest = {s.get("prompt"): s for s in p.samples}
     if not newest: return Html("")
-    text = lambda s: tag("div", s, style="white-space:pre-wrap;min-width:8em;max-width:18em;overflow-wrap:anywhere")
+    text = lambda s: tag("div", _cut(s), style="white-space:pre-wrap;min-width:8em;max-width:18em;overflow-wrap:anywhere")
     step = max(s.get("step") or 0 for s in newest.values())
     head = ["prompt", "base model", f"after step {step}"][:3 if step else 2]
     rows = [[text(s.get(key) or "") for key in ("prompt", "base", "text")[:len(head)]] for s in newest.values()]
     return tag("div", table(rows, head=head), style="margin:.4em 0;overflow-x:auto")
 
 def _notes(p: Progress) -> Html:
-    return tag("ul", *(tag("li", note) for note in p.notes[-5:]), style="margin:.3em 0") if p.notes else Html("")
+    return tag("ul", *(tag("li", _cut(note)) for note in p.notes[-5:]), style="margin:.3em 0") if p.notes else Html("")
 
 def _remarks(p: Progress) -> Html:
     if not p.remarks: return Html("")
@@ -307,7 +315,7 @@ def report(source: str | Path | Iterable[Mapping], found: Sequence | None = None
     "A self-contained HTML page about a run, from its folder or its events: card, what it learnt and what it forgot, what its curves show, curve and every evaluation; from a folder also one held-out row, token by token. found: what `look.runs.remarks` says of it, if that is known already."
     from rwkv_peft.look.runs import remarks
     events = read_events(events_file(source)) if isinstance(source, (str, Path)) else list(source)
-    p = progress_of(events)
+    p = progress_of(events, source if isinstance(source, (str, Path)) else None)
     p = replace(p, remarks=tuple(remarks(events) if found is None else found), status="stopped" if p.status == "training" else p.status)
     general = lambda e: _number(e.get("general") or {}, "loss")
     tests = table([[e["step"], float(e["loss"]), "" if general(e) is None else general(e)] for e in p.evals], head=["step", "held-out loss", "general text"]) if p.evals else ""

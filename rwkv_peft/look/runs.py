@@ -228,14 +228,16 @@ def run_facts(folder: str | Path) -> dict:
     "What the table of runs says about the one in `folder`: name, status, method, step, loss, held out (nats a token), tokens/s, memory (bytes), date; None where it isn't known."
     facts = dict.fromkeys(COLUMNS) | {"name": Path(folder).name}
     if not Path(folder, "events.jsonl").is_file(): return facts | {"status": "not started"}
-    try: events = history(folder)
-    except (ValueError, OSError) as error: return facts | {"status": f"can't be read: {error}"}
+    try: return facts | _facts(history(folder))
+    except Exception as error: return facts | {"status": f"can't be read: {error or type(error).__name__}"}      # one damaged run doesn't hide the others
+
+def _facts(events: list[dict]) -> dict:
     p, start = progress_of(events), next((e for e in events if e.get("event") == "start"), {})
     methods = (start.get("plan") or {}).get("methods") or [in_words(p.config.get("peft", "?"))]
     held = [x for x in column(events, "eval", "loss")[1] if math.isfinite(x)]
     began = start.get("time")
-    return facts | {"status": "unfinished" if p.status in ("training", "starting") else p.status, "method": " + ".join(map(str, methods)), "step": p.step, "loss": p.loss, "held out": min(held, default=None),
-                    "tokens/s": p.tokens / p.seconds if p.seconds else None, "memory": p.memory or None, "date": began and datetime.fromtimestamp(began).strftime("%Y-%m-%d %H:%M:%S")}
+    return {"status": "unfinished" if p.status in ("training", "starting") else p.status, "method": " + ".join(map(str, methods)), "step": p.step, "loss": p.loss, "held out": min(held, default=None),
+            "tokens/s": p.tokens / p.seconds if p.seconds else None, "memory": p.memory or None, "date": began and datetime.fromtimestamp(began).strftime("%Y-%m-%d %H:%M:%S")}
 
 # %% ../../nbs/look/60_runs.ipynb #ca5e848a
 def _known(value) -> bool: return value is not None and not (isinstance(value, float) and math.isnan(value))

@@ -23,6 +23,7 @@ from ..look.runs import remarks
 from .card import LiveCard, TextCard
 from .worker import Worker, wait
 from ..train.config import ConfigError, nearest, settings_table
+from ..train.events import training
 from ..train.script import SEED, is_script, read_script
 
 # %% ../../nbs/notebook/20_magic.ipynb #94d5a786
@@ -122,11 +123,18 @@ def is_ours(error: BaseException) -> bool:
 # %% ../../nbs/notebook/20_magic.ipynb #131d7e27
 def as_code(options: Options, settings: list[Setting]) -> str:
     "The Python that stands for a cell."
+    settings = [s._replace(source=_bracketed(s)) for s in settings]
     mentioned = {node.id for s in settings for node in ast.walk(s.tree) if isinstance(node, ast.Name)}
     before = [f"{s.name} = {s.source}" for s in settings if s.name in mentioned & {t.name for t in settings}]
     named = [f"name={options.name!r}"] if options.name else []
     given = named + [f"{s.name}={s.name if s.name in mentioned else s.source}" for s in settings] + ["resume=True"] * ("resume" in options.flags)
     return "\n".join(["import rwkv_peft", *before, f"run = rwkv_peft.finetune({', '.join(given)})", "run.fit()"])
+
+def _bracketed(s: Setting) -> str:
+    "The expression as it may stand alone and as an argument: one of several lines, a bare tuple and `:=` need brackets for that."
+    try: bare = "\n" not in s.source and ast.dump(ast.parse(f"f(x={s.source})", mode="eval").body.keywords[0].value) == ast.dump(s.tree)
+    except SyntaxError: bare = False
+    return s.source if bare else f"({s.source})"
 
 # %% ../../nbs/notebook/20_magic.ipynb #63a2d107
 def help_text() -> str:
@@ -238,10 +246,11 @@ def launch(run: Any, view: Any, name: str, background: bool = False) -> Worker:
 
 # %% ../../nbs/notebook/20_magic.ipynb #c2e85df5
 def refuse_second():
-    "UsageError if a run is alive in this process: its name, and how to stop it."
+    "UsageError if a run is alive in this process, whoever began it: its name, and how to stop it."
     worker = alive()
     if worker is not None:
         raise usage_error(f"the run {worker.label!r} is still training; stop it with `{variable(worker.label) or 'run'}.stop()`, or wait for it with `await {variable(worker.label) or 'run'}`")
+    if (other := training()) is not None: raise usage_error(f"the run {other.folder.name!r} is still training in this process; stop() it, or wait for it")
 
 # %% ../../nbs/notebook/20_magic.ipynb #587ac74c
 @contextmanager

@@ -33,6 +33,8 @@ from ..peft.adapters import detach
 from ..show.html import AS_TEXT, Html, tag
 from ..train.config import Config, ConfigError
 from ..train.events import read_events
+from ..train.config import Config, ConfigError, settings_table
+from ..train.events import claim, read_events, unclaim
 from ..train.loop import Run, finetune, prepare, read_rows_of
 from ..train.plan import as_rows
 
@@ -262,11 +264,16 @@ def free(panel: Panel):
 
 # %% ../../nbs/notebook/36_panel.ipynb #dc504a62
 def set_off(panel: Panel, run: Run):
-    "Prepares `run`, and starts its thread; from here on its card speaks, so the sheet is cleared."
-    prepare(run)
-    panel.run = run
-    panel.put(Html(""))
-    launch(run, panel.view, run.folder.name, background=True)
+    "Claims the process for `run`, prepares it, and starts its thread; from here on its card speaks, so the sheet is cleared. TrainingError while another run trains."
+    claim(run)
+    try:
+        prepare(run)
+        panel.run = run
+        panel.put(Html(""))
+        launch(run, panel.view, run.folder.name, background=True)
+    except BaseException:
+        unclaim(run)
+        raise
     panel.heard()
 
 # %% ../../nbs/notebook/36_panel.ipynb #0eb88fba

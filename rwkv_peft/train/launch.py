@@ -21,6 +21,7 @@ import threading
 import time
 import traceback
 from .config import Config
+from .events import as_event
 
 # %% auto #0
 __all__ = ['in_file', 'processes_of', 'is_launched', 'launcher', 'interface_to', 'environment', 'new_events', 'tell', 'listen',
@@ -75,13 +76,13 @@ def environment(processes: int, master: str | None = None) -> dict[str, str]:
 
 # %% ../../nbs/train/68_launch.ipynb #7a003245
 def new_events(path: Path, start: int) -> tuple[list[dict], int]:
-    "The events in whole lines of `path` after byte `start`, and where to go on."
+    "The events in whole lines of `path` after byte `start`, and where to go on. ValueError for a line that is none."
     if not path.exists(): return [], start
     with open(path, "rb") as file:
         file.seek(start)
         text = file.read()
     lines = text[:text.rfind(b"\n") + 1]
-    return [json.loads(line) for line in lines.split(b"\n") if line], start + len(lines)
+    return [as_event(line) for line in lines.split(b"\n") if line.strip()], start + len(lines)
 
 # %% ../../nbs/train/68_launch.ipynb #bdbd14b4
 def tell(process: subprocess.Popen, word: str) -> str:

@@ -32,6 +32,8 @@ from ..peft.lisa import refit, refuse_with_zero
 from .config import Config, ConfigError, recorded
 from .evaluate import LONGEST, change_of, document_losses, evaluate, keep_losses, mean_loss, read_general, row_to_show, save_general, token_losses, trained_bytes
 from .events import EventLog, event, read_events, timeline
+from .evaluate import change_of, document_losses, evaluate, keep_losses, mean_loss, read_general, save_general, trained_bytes
+from .events import EventLog, TrainingError, claim, event, other_writer, read_events, timeline, unclaim
 from .folder import OwnRandomness, checkpoints, folder_of, holds_run, load_checkpoint, load_config, load_rows, prune, save_changes, save_checkpoint, save_config, save_rows, sweep
 from .infctx import infctx
 from .launch import RankError, environment, follow, in_file, is_launched, launcher, processes_of
@@ -42,19 +44,11 @@ from .optim import default_lr, lorafa_groups, lr_at, make_optimizer, methods_of,
 from .trackers import tracked
 
 # %% auto #0
-__all__ = ['TrainingError', 'Feed', 'patient', 'read_rows_of', 'in_windows', 'load_base', 'settle', 'plain_words', 'gradient_of',
-           'take_step', 'turn', 'peak_memory', 'not_finite', 'examine', 'speak', 'keep', 'put_back', 'starts_of',
-           'go_on', 'release', 'finish', 'save_results', 'train', 'halt', 'prepare', 'left_by', 'take_off',
-           'check_same', 'make_trainable', 'look_at_rows', 'save_looked_at', 'begin', 'said_of_pages', 'find_rate',
-           'plan_of', 'report_of', 'Run', 'asked', 'events_of', 'last_words', 'finetune']
-
-# %% ../../nbs/train/70_loop.ipynb #d54764fe
-class TrainingError(RuntimeError):
-    "A run ended before its time: one sentence with the step, the reason, and what to do. `rows`: indices of the rows concerned, if any."
-
-    def __init__(self, message: str, rows: Sequence[int] = ()):
-        super().__init__(message)
-        self.rows = list(rows)
+__all__ = ['Feed', 'patient', 'read_rows_of', 'in_windows', 'load_base', 'settle', 'plain_words', 'gradient_of', 'take_step',
+           'turn', 'peak_memory', 'not_finite', 'examine', 'speak', 'keep', 'put_back', 'starts_of', 'go_on', 'release',
+           'finish', 'save_results', 'train', 'halt', 'prepare', 'left_by', 'take_off', 'check_same', 'make_trainable',
+           'look_at_rows', 'save_looked_at', 'begin', 'said_of_pages', 'find_rate', 'plan_of', 'report_of', 'Run',
+           'asked', 'take_up', 'events_of', 'last_words', 'finetune']
 
 # %% ../../nbs/train/70_loop.ipynb #3d7fd878
 class Feed:
@@ -493,7 +487,9 @@ def begin(run: Run) -> Iterator[dict]:
     run.folder = Path(from_first(run.accelerator, str(run.folder)))      # its name may be a date
     if not resuming and run.rank == 0 and holds_run(run.folder): raise ConfigError(_taken(run.folder))
     if s.lr_init is None: find_rate(run)
-    if run.rank == 0: sweep(run.folder)
+    if run.rank == 0:
+        _refuse_other(run)      # again: getting ready takes a while
+        sweep(run.folder)
     if run.rank: pass
     elif not resuming: _write(run)
     else: save_changes(run.folder, run.asked.given)
@@ -509,7 +505,7 @@ def begin(run: Run) -> Iterator[dict]:
     run.engine, run.optimizer = share(run.accelerator, run.model, optimizer, run.config.strategy, run.config.grad_clip)
     set_moments(run.engine, run.optimizer, run.trained, moments)
     told = {k: recorded(v) for k, v in {**run.config.given, "name": run.folder.name, **vars(s)}.items() if v is not None}
-    yield run.say("start", config=told, versions=_versions(), plan=plan, data=dict(run.data.report(s.micro_bsz, s.micro_bsz * s.accumulate)), folder=str(run.folder), pid=os.getpid())
+    yield run.say("start", config=told, versions=_versions(), plan=plan, data=dict(run.data.report(s.micro_bsz, s.micro_bsz * s.accumulate)), folder=str(run.folder), pid=os.getpid(), host=platform.node())
     again = resuming and len(run.events) > 1      # ranks resume what was written for them, and begin it all the same
     if again: yield run.say("resumed", step=run.step)
     for word in said_of_pages(run): yield run.say("warning", message=word)
@@ -597,17 +593,19 @@ def report_of(run: Run) -> dict:
     events = timeline(run.events)
     pick = lambda kind: [e for e in events if e["event"] == kind]
     steps, evals, samples, start = pick("step"), pick("eval"), pick("sample"), (pick("start") or [{}])[0]
-    best = min(evals, key=lambda e: e["loss"], default=None)
-    seconds, tokens = sum(e["seconds"] for e in steps), sum(e["tokens"] for e in steps)
+    best = min(evals, key=lambda e: _rank(e["loss"]), default=None)
+    seconds, tokens = sum(float(e["seconds"]) for e in steps), sum(e["tokens"] for e in steps)
     newest = {e["prompt"]: e for e in samples}
-    brief = lambda e: {k: e[k] for k in ("step", "loss", "bits_per_byte", "tokens")} if e else None
+    brief = lambda e: {k: float(e[k]) if isinstance(e[k], str) else e[k] for k in ("step", "loss", "bits_per_byte", "tokens")} if e else None
     general = [e and e.get("general") for e in (evals[0] if evals else None, best)]
-    forgetting = {"before": general[0], "after": general[1], "change": general[1]["loss"] - general[0]["loss"]} if all(general) else None
+    forgetting = {"before": general[0], "after": general[1], "change": float(general[1]["loss"]) - float(general[0]["loss"])} if all(general) else None
     ends = [e for e in events if e["event"] in ("stopped", "error", "done")]
     return {"name": run.folder.name, "folder": str(run.folder), "settings": start.get("config"), "plan": start.get("plan"), "status": ends[-1]["event"] if ends else "running",
             "message": ends[-1]["message"] if ends else None, "steps": steps[-1]["step"] if steps else 0, "before": brief(evals[0] if evals else None), "after": brief(best), "best_step": best and best["step"], "change": best and best.get("change"), "forgetting": forgetting, "evaluations": len(evals),
-            "train_loss": [e["loss"] for e in steps], "seconds": seconds, "tokens": tokens, "tokens_per_second": tokens / seconds if seconds else None,
+            "train_loss": [float(e["loss"]) for e in steps], "seconds": seconds, "tokens": tokens, "tokens_per_second": tokens / seconds if seconds else None,
             "samples": [{k: e[k] for k in ("prompt", "base", "text", "step")} for e in newest.values()]}
+
+def _rank(loss: float | str) -> float: return math.inf if math.isnan(float(loss)) else float(loss)      # events write what isn't finite as text
 
 # %% ../../nbs/train/70_loop.ipynb #deef53bd
 class Run:
@@ -707,8 +705,11 @@ def _in_background(run: Run) -> Run:
         try:
             for _ in run.steps(): pass
         except BaseException as error: run.error = error
-        finally: run.ended.set()
+        finally:
+            unclaim(run)
+            run.ended.set()
     if run.lock.locked() or run.thread and not _over(run).is_set(): raise _going()
+    claim(run)
     run.error, run.thread = None, threading.Thread(target=walk, daemon=True, name=f"run {run.folder.name}")
     run.ended.clear()
     run.thread.start()
@@ -725,10 +726,35 @@ async def _ended(run: Run) -> Run:
     while not _over(run).is_set(): await asyncio.sleep(.05)
     return _wait(run, None)
 
+# %% ../../nbs/train/70_loop.ipynb #d2a620fa
+def take_up(run: Run):
+    "Claims `run` and this process for one session. TrainingError when either is taken, or another process goes on with the run's folder."
+    if not run.lock.acquire(blocking=False): raise _going()
+    try:
+        _refuse_other(run)
+        claim(run)
+    except BaseException:
+        unclaim(run)
+        run.lock.release()
+        raise
+
+def _going() -> TrainingError: return TrainingError("this run is going already; wait for it, or stop() it first")
+
+def _refuse_other(run: Run):
+    "TrainingError when another process of this host trains the run that is to be resumed, or its events can't be read. Ranks and further hosts leave the question to the first."
+    file = run.folder / "events.jsonl"
+    if not run.config.resume or run.rank or run.config.node_rank or not file.exists(): return
+    try: other = other_writer(read_events(file))
+    except ValueError as found: raise TrainingError(str(found)) from None
+    if not other: return
+    error = TrainingError(f"run {run.folder.name!r} is still training in process {other} of this machine; wait for its end, or end it by a file called stop in {str(run.folder)!r} (attach and stop() write one), and resume then")
+    error.said = True      # nothing of it belongs into the other's events
+    raise error
+
 # %% ../../nbs/train/70_loop.ipynb #816bb7e2
 def events_of(run: Run) -> Iterator[dict]:
     "All events of a session with `run`, from `start` to `done`, `stopped` or `error`; after `error` the exception itself. Leaving the loop early saves, in a world of one."
-    if not run.lock.acquire(blocking=False): raise _going()
+    take_up(run)
     run.ended.clear()
     _forget_stop(run)
     run.working, run.error = False, None
@@ -747,15 +773,15 @@ def events_of(run: Run) -> Iterator[dict]:
         if run.world == 1: release(run)
         _mark(run, going=False)
         run._stop.clear()
+        run._pause.clear()
         _forget_stop(run)
         run.config = run.config if not holds_run(run.folder) else run.config.changed(resume=True, name=run.folder.name)
         run.lock.release()
+        unclaim(run)
         run.ended.set()
 
 def _forget_stop(run: Run):
     with suppress(OSError): run.rank or (run.folder / "stop").unlink(missing_ok=True)
-
-def _going() -> TrainingError: return TrainingError("this run is going already; wait for it, or stop() it first")
 
 def _here(run: Run) -> Iterator[dict]:
     if not in_file(run.config) and processes_of(run.config.changed(model="")) > 1: run.told.append("devices: other devices can't read a model that has no file, so this run uses one; save it and give the file to use them all")

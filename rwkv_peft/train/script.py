@@ -15,10 +15,10 @@ from ..peft.shards import Bone, seed_method
 from .config import Config, ConfigError, nearest, words
 
 # %% auto #0
-__all__ = ['SEED', 'NOT_SET', 'FROM', 'Line', 'split_lines', 'expand', 'Reading', 'read_flags', 'Flags', 'source_settings',
-           'loader_settings', 'length_settings', 'rate_settings', 'hardware_settings', 'method_settings',
-           'storage_settings', 'lora_settings', 'pissa_settings', 'bone_settings', 'lisa_settings', 'foreign_settings',
-           'Converted', 'left_out_flags', 'read_script', 'script_to_toml', 'is_script']
+__all__ = ['SEED', 'NOT_SET', 'FROM', 'Line', 'split_lines', 'expand', 'Reading', 'read_flags', 'Flags', 'check_key', 'keys_of',
+           'source_settings', 'loader_settings', 'length_settings', 'rate_settings', 'hardware_settings',
+           'method_settings', 'storage_settings', 'lora_settings', 'pissa_settings', 'bone_settings', 'lisa_settings',
+           'foreign_settings', 'Converted', 'left_out_flags', 'read_script', 'script_to_toml', 'is_script']
 
 # %% ../../nbs/train/12_script.ipynb #43dd5167
 _QUOTED, _PLAIN, _TICK, _NEWLINE, _JOINED = map(chr, range(0xe000, 0xe005))       # a $ in double quotes; a $ and a ` that mean themselves; a line's end in quotes, and after a backslash
@@ -121,7 +121,7 @@ def _commands(words: list[str]) -> list[list[str]]:
 def read_flags(text: str) -> tuple[dict[str, tuple[int, list[str]]], list[str]]:
     "(flag -> its line and its words, notes) of the training in a script. ConfigError when there is none, or a word stands before every flag."
     reading, goes_on, flags = Reading(), False, {}
-    for line in split_lines(text):
+    for line in split_lines(_without_documents(text, reading.notes)):
         reading.take(line, goes_on)
         goes_on = line.joined
     for number, word in reading.flags:
@@ -134,6 +134,15 @@ def read_flags(text: str) -> tuple[dict[str, tuple[int, list[str]]], list[str]]:
         else: flags[list(flags)[-1]][1].append(word)
     if not flags: raise ConfigError("no flags of RWKV-PEFT's train.py are in this script, such as --load_model; give the script that starts the training")
     return flags, reading.notes
+
+def _without_documents(text: str, notes: list[str]) -> str:
+    "The script without what stands between `<<EOF` and `EOF`; lines keep their numbers. A document that trains is itself a script, and stays."
+    def emptied(found: re.Match) -> str:
+        if re.search(r"\btrain\w*\.py\b", found["body"]): return found[0]
+        number = found.string[:found.start("body")].count("\n") + 1
+        notes.append(f"line {number}: what stands up to {found['end']} is a text for another command, and is not read")
+        return found["head"] + "\n" * found["body"].count("\n")
+    return re.sub(r"""(?P<head>(?<!<)<<-?[ \t]*(['"]?)(?P<end>[A-Za-z_]\w*)\2[^\n]*\n)(?P<body>(?:[^\n]*\n)*?)\t*(?P=end)[ \t]*(?=\n|\Z)""", emptied, text.replace("\r\n", "\n"))
 
 # %% ../../nbs/train/12_script.ipynb #205a2d13
 SEED = {"load_model": "", "data_file": "", "data_type": "utf-8", "proj_dir": "out", "wandb": "", "random_seed": -1, "ctx_len": 1024, "chunk_ctx": 512,
@@ -177,12 +186,28 @@ class Flags:
         if len(words) != 1: raise ConfigError(f"line {self.line(name)}: --{name} takes one value, not {len(words) or 'none'}{f' ({words})' if words else ''}; a value with spaces stands in quotes")
         kind, expected = type(usual), {int: "a whole number", float: "a number", dict: "a JSON table; write it in single quotes, '{\"r\": 8}'"}
         try: value = json.loads(words[0]) if kind is dict else kind(words[0])
-        except ValueError: value = None
+        except (ValueError, RecursionError): value = None
         if not isinstance(value, kind): raise ConfigError(f"line {self.line(name)}: --{name} {words[0]!r} should be {expected[kind]}")
         return value
 
     @property
     def later(self) -> bool: return any(f in self.given for f in ("op", "fused_kernel", "disha_config", "lr_schedule", "peft_config", "merge"))      # a script of 2025 or newer
+
+# %% ../../nbs/train/12_script.ipynb #9cea014c
+def check_key(said: Flags, name: str, key: str, value: Any, kind: type):
+    "ConfigError when `value` under `key` of the JSON flag `name` is of another kind; a whole number is a number too."
+    words = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+    good = isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
+    if not good: raise ConfigError(f"line {said.line(name)}: --{name}: {key} should be {words[kind]}, not {json.dumps(value)[:60]}")
+
+# %% ../../nbs/train/12_script.ipynb #e23b32be
+def keys_of(said: Flags, name: str, note: Callable[[str], None]) -> dict:
+    "The table of the JSON flag `name`, RWKV-PEFT's defaults where it has no word. A key that RWKV-PEFT didn't know is left out, with a note."
+    usual, told = SEED[name], said(name)
+    for key, value in told.items():
+        if key not in usual: note(f"line {said.line(name)}: --{name}: {key!r} is left out: RWKV-PEFT has no such key there{nearest(next((k for k in usual if k.endswith(f'_{key}')), key), usual)}")
+        else: check_key(said, name, key, value, float if key in ("lora_alpha", "lora_dropout") else type(usual[key]))
+    return usual | {key: value for key, value in told.items() if key in usual}
 
 # %% ../../nbs/train/12_script.ipynb #ab67ea96
 def source_settings(said: Flags, note: Callable[[str], None]) -> dict:
@@ -212,7 +237,7 @@ def loader_settings(said: Flags, kind: str, note: Callable[[str], None]) -> dict
     else: out["dataload"] = load
     if load == "get" and kind not in ("sft", "jsonl"): note("--dataload get: RWKV-PEFT went on for ever; here the run ends after epoch_count epochs")
     if mask != "none" or kind == "binidx": out["loss_mask"] = mask
-    if mask == "se" or mask == "qa" and "mask_id" in said: out["mask_id"] = said("mask_id")
+    if mask == "se" or mask == "qa" and "mask_id" in said: out["mask_id"] = keys_of(said, "mask_id", note)
     if mask == "se": note("--loss_mask se: it always failed in RWKV-PEFT; here tokens are learnt from mask1 to mask0")
     prime = said("magic_prime")
     if prime > 1 and out.get("dataload") == "get": out["magic_prime"] = prime
@@ -303,14 +328,14 @@ def _load(note: Callable[[str], None], flag: str, file: str, more: str = ""):
 def lora_settings(said: Flags, note: Callable[[str], None]) -> dict:
     "LoRA, by `lora_config` or, in the newest scripts, by `peft_config`."
     if "peft_config" in said: return foreign_settings(said, note)
-    told = SEED["lora_config"] | said("lora_config")
+    told = keys_of(said, "lora_config", note)
     _load(note, "lora_config", told["lora_load"], f", alpha={told['lora_alpha']}")
     return {"peft": "lora", "r": told["lora_r"], "alpha": float(told["lora_alpha"]), "dropout": float(told["lora_dropout"])}
 
 # %% ../../nbs/train/12_script.ipynb #8b918a62
 def pissa_settings(said: Flags, note: Callable[[str], None]) -> dict:
     "PiSSA. Its SVD is finished here, where RWKV-PEFT stopped it after `svd_niter` rounds."
-    told = SEED["pissa_config"] | said("pissa_config")
+    told = keys_of(said, "pissa_config", note)
     _load(note, "pissa_config", told["pissa_load"], f", init={told['pissa_init']!r}")
     return {"peft": "pissa", "r": told["pissa_r"]}
 
@@ -326,7 +351,7 @@ def bone_settings(said: Flags, note: Callable[[str], None]) -> dict:
 # %% ../../nbs/train/12_script.ipynb #b92d7435
 def lisa_settings(said: Flags, note: Callable[[str], None]) -> dict:
     "LISA: blocks in turns, beside embedding and head; `lisa_k` counted micro-batches."
-    told = SEED["lisa_config"] | said("lisa_config")
+    told = keys_of(said, "lisa_config", note)
     return {"peft": {"method": "lisa", "layers": told["lisa_r"], "every": max(1, told["lisa_k"] // max(1, said("accumulate_grad_batches"))), "emb": True, "head": True}}
 
 # %% ../../nbs/train/12_script.ipynb #34ad43db
@@ -336,6 +361,7 @@ def foreign_settings(said: Flags, note: Callable[[str], None]) -> dict:
     if word == "state": return {"peft": "state"}
     usual, names = {"lora": 8, "miss": 64}, {"lora": {"r": "r", "lora_alpha": "alpha", "lora_dropout": "dropout", "use_rslora": "rslora"}, "miss": {"r": "r"}}.get(word)
     if names is None or set(told) - set(names): return {"peft": {"library": "peft", "peft_type": word.upper(), **told}}
+    for key, value in told.items(): check_key(said, "peft_config", key, value, {"r": int, "use_rslora": bool}.get(key, float))
     told = {"r": usual[word], **({"lora_alpha": 8} if word == "lora" else {}), **told}
     return {"peft": word} | {names[k]: float(v) if names[k] in ("alpha", "dropout") else v for k, v in told.items()}
 
