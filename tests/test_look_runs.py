@@ -192,7 +192,7 @@ def test_a_damaged_run_hides_no_other(tmp_path, line):
     found = {f["name"]: f["status"] for f in runs_in(tmp_path)}
     assert found["good"] == "unfinished" and found["bad"].startswith("can't be read: ")
     if '"time"' not in line: assert "bad/events.jsonl line 1: not an event" in found["bad"]
-    assert "can't be read" in Tags(runs_table(tmp_path)).text
+    assert "can't be read" in Markup(runs_table(tmp_path)).text
 
 
 def test_a_difference_is_of_settings_results_and_curves():

@@ -24,7 +24,7 @@ from ..data.records import load_encoded
 from ..data.rows import DataError
 from ..show.curve import curve, decimate
 from ..show.html import AS_TEXT, Html, in_words, page, table, tag
-from ..train.events import read_events, timeline
+from ..train.events import read_events, read_lines, timeline
 from ..train.plan import as_rows, memory_sentence, size
 
 # %% ../../nbs/look/10_report.ipynb #44f08de8
@@ -290,7 +290,7 @@ def kept_row(folder: str | Path, p: Progress) -> tuple | None:
     "(the row's name, step and `TokenLosses` of the first evaluation, the same of the best one, or of the last where none is better), from a run's folder. None where it keeps no such row, or only a tokenizer of one's own could read it."
     from rwkv_peft.look.tokens import TokenLosses
     path = Path(folder, "eval.jsonl")
-    kept = {line["step"]: line["row"] for line in read_events(path) if line.get("row")} if path.is_file() else {}
+    kept = {line["step"]: line["row"] for line in read_lines(path) if line.get("row")} if path.is_file() else {}
     steps = [e["step"] for e in p.evals if e["step"] in kept]
     if len(steps) < 2 or p.evals[0]["step"] != steps[0]: return None
     try: data = load_encoded(Path(folder, "data", "held_out"))
