@@ -56,5 +56,6 @@ setup(
     package_data={lib: ["models/*.safetensors", "models/*.json", "demo/*.jsonl"]},
     python_requires=f'>={cfg["min_python"]}', install_requires=cfg["requirements"].split(), extras_require=extras,
     entry_points={"console_scripts": ["rwkv-peft = rwkv_peft.cli:main"]},
+    options={"editable_wheel": {"mode": "compat"}},     # so that a notebook in the folder above the checkout finds the package, and not the folder
     ext_modules=native(), cmdclass={"build_py": WithSources, "build_ext": Optional},
 )

@@ -10,7 +10,6 @@ from functools import partial
 import pytest
 
 from rwkv_peft.look.report import progress_of
-from rwkv_peft.notebook import attach as module
 from rwkv_peft.notebook.attach import Watcher, attach, is_gone, run_folder, run_names
 from rwkv_peft.notebook.card import TextCard
 from rwkv_peft.notebook.magic import alive
@@ -162,7 +161,7 @@ def test_a_run_elsewhere_is_seen_and_stopped(tmp_path):
 
 def test_a_killed_run_is_told_from_a_slow_one(book, monkeypatch):
     "The process is one that sleeps, and writes nothing."
-    monkeypatch.setattr(module, "is_gone", partial(is_gone, quiet=.3))
+    monkeypatch.setattr(sys.modules[attach.__module__], "is_gone", partial(is_gone, quiet=.3))
     folder, write = book
     sleeper = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     write(line("start", config={"name": "written"}, plan={"steps": 9}, data={}, versions={}, folder=str(folder), pid=sleeper.pid) + step(1))

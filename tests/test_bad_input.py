@@ -10,7 +10,6 @@ import shutil
 import struct
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from traitlets.config import Config as Traits
 
 import rwkv_peft
+from markup import Markup
 from rwkv_peft import RWKV, RWKVConfig, cli
 from rwkv_peft.data.records import read_data
 from rwkv_peft.look.report import plan_card, report
@@ -599,26 +599,11 @@ def test_a_system_that_takes_no_more_is_told_in_one_line(desk, tmp_path):
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)></pre></table><!-- \"'&amp; `"
 
 
-class Tags(HTMLParser):
-    "The tags and the text of a piece of HTML."
-    def __init__(self, html):
-        super().__init__()
-        self.tags, self.text, self.handlers = set(), "", []
-        self.feed(str(html))
-
-    def handle_starttag(self, tag, attrs):
-        ours = tag == "img" and dict(attrs).get("src", "").startswith("data:image/png;base64,")
-        self.tags.add("our own picture" if ours else tag)
-        self.handlers += [name for name, _ in attrs if name.startswith("on")]
-
-    def handle_comment(self, data): self.tags.add("<!--")
-    def handle_data(self, data): self.text += data
-
-
 def is_text(html, shown=EVIL):
     "Nothing of the evil text became markup, and it's there to be read."
-    seen = Tags(html)
-    return not {"script", "img", "<!--"} & seen.tags and not seen.handlers and (not shown or shown in seen.text)
+    seen = Markup(html)
+    ours = all(source.startswith("data:image/png;base64,") for source in seen.values("src"))      # a curve at the end of its run
+    return ours and not {"script", "<!--"} & set(seen.tags) and not any(name.startswith("on") for name, _ in seen.attributes) and (not shown or shown in seen.text)
 
 
 def test_markup_in_rows_prompts_and_names_stays_text(ipython, desk, tmp_path, monkeypatch):
@@ -631,12 +616,12 @@ def test_markup_in_rows_prompts_and_names_stays_text(ipython, desk, tmp_path, mo
     captured, error = cell(ipython, "%%rwkv_finetune evil\n" + body({**FAST, "model": name, "sample_prompts": [f"asked {EVIL}"]}) + "data = evil_rows", evil_rows=rows)
     assert error is None, error
     cards = [o.data["text/html"] for o in captured.outputs if "text/html" in o.data]
-    assert all(is_text(html, "") for html in cards) and any(f"said {EVIL}" in Tags(html).text and f"asked {EVIL}" in Tags(html).text for html in cards)
+    assert all(is_text(html, "") for html in cards) and any(f"said {EVIL}" in Markup(html).text and f"asked {EVIL}" in Markup(html).text for html in cards)
     run = ipython.user_ns["evil"]
     assert is_text((tmp_path / "runs/evil/report.html").read_text(encoding="utf-8"), f"said {EVIL}") and is_text(report(run.folder), f"asked {EVIL}")
-    assert is_text(plan_card(EVIL, run.plan())) and name in Tags(plan_card("x", run.plan())).text
+    assert is_text(plan_card(EVIL, run.plan())) and name in Markup(plan_card("x", run.plan())).text
     data = read_data(rows, Bytes())
-    assert is_text(data.show(0)._repr_html_(), None) and EVIL in "".join(Tags(data.show(0)._repr_html_()).text.split("▸")[0:]).replace("\n", "")
+    assert is_text(data.show(0)._repr_html_(), None) and EVIL in "".join(Markup(data.show(0)._repr_html_()).text.split("▸")[0:]).replace("\n", "")
     assert is_text(data.report()._repr_html_(), "<script>key</script>") and is_text(data.check()._repr_html_(), None)
 
 

@@ -1,20 +1,23 @@
 "Held-out loss and its interval against torch, scipy and a distribution written down whole; forgetting; what a run keeps, reports and draws of them."
 import json
 import math
+import shutil
 from html.parser import HTMLParser
 from itertools import product
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
+from markup import Markup
 from rwkv_peft.data.batches import idle
 from rwkv_peft.data.masks import Example
 from rwkv_peft.data.records import read_data
-from rwkv_peft.look.report import judgement_table, progress_of, report
+from rwkv_peft.look.report import judgement_table, kept_row, progress_of, report
+from rwkv_peft.look.tokens import loss_ribbon
 from rwkv_peft.model.rwkv import RWKV, RWKVConfig
 from rwkv_peft.model.tokenizer import Bytes, World
 from rwkv_peft.train.config import Config, ConfigError
-from rwkv_peft.train.evaluate import by_document, change_of, document_losses, evaluate, general_rows, keep_losses, paired_bootstrap, read_general, trained_bytes
+from rwkv_peft.train.evaluate import LONGEST, by_document, change_of, document_losses, evaluate, general_rows, keep_losses, paired_bootstrap, read_general, row_to_show, trained_bytes
 from rwkv_peft.train.events import read_events
 from rwkv_peft.train.loop import Run, finetune
 from rwkv_peft.train.loss import on_device
@@ -174,6 +177,38 @@ def test_a_run_reports_change_and_forgetting(ran):
     lines = read_events(run.folder / "eval.jsonl")
     assert [x["step"] for x in lines] == [0, 2, 4, 6] and lines[0]["nats"] == pytest.approx(before, rel=1e-5)
     assert of(run.events, "eval")[0]["change"] is None and json.loads(json.dumps(found)) == found
+
+
+def test_a_run_keeps_the_losses_of_one_row_token_by_token(ran, tmp_path):
+    "Against the model's own scores, before training and as it came out; the report needs the folder alone."
+    run, base, _ = ran
+    i = run.shown
+    lengths = sorted(e.length for e in run.held_out)
+    example, kept = run.held_out[i], {line["step"]: line["row"] for line in read_events(run.folder / "eval.jsonl")}
+    assert example.length == lengths[len(lengths) // 2] and {row["i"] for row in kept.values()} == {i}
+    best = run.report()["best_step"]
+    for step, model in ((0, base), (best, run.model.eval())):
+        with torch.no_grad(): p = model(example.tokens[None, :-1])[0][0].double().log_softmax(-1)
+        assert kept[step]["nats"] == pytest.approx((-p[range(example.length), example.tokens[1:]]).tolist(), rel=1e-3)
+    name, (first, before), (last, after) = kept_row(run.folder, progress_of(run.events))
+    assert (name, first, last) == (run.held_out.where(i), 0, best) and before.loss > after.loss and before.ids == example.tokens.tolist()
+    seen = Markup(report(run.folder)).text
+    assert f"before (step 0) and after (step {best})" in seen and "blue: easier now" in seen and "blue: easier now" not in Markup(report(run.events)).text
+    alone = Markup(loss_ribbon(before))                                                                  # losses were kept, and no more
+    assert "rank " not in " ".join([seen, *alone.values("title")]) and f"{before.loss:.3f} nats each" in alone.text
+    shutil.copytree(run.folder, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/data/held_out")
+    assert report(tmp_path / "run") == report(run.events)                                                # a row that can't be read is left out
+
+
+def test_the_row_that_is_shown_is_an_ordinary_one_and_trains_something():
+    rows = read_data([{"prompt": "q", "completion": "a" * n} for n in (9, 1, 4, 30, 2)], Bytes())
+    assert row_to_show(rows) == 2 and row_to_show([]) is None
+    silent = [Example(e.tokens, torch.zeros_like(e.weights)) if i == 2 else e for i, e in enumerate(rows)]
+    assert row_to_show(silent) == 0 and row_to_show([silent[2]]) is None
+    late = torch.zeros(LONGEST + 9)
+    late[-1] = 1
+    assert row_to_show([Example(torch.ones(LONGEST + 9, dtype=torch.int64), late)]) is None               # beyond what is read
 
 
 class Cells(HTMLParser):

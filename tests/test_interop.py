@@ -1,4 +1,5 @@
 "Adapters of every method to Hugging Face's peft and back, that library's own methods on our model, and files of older trainers."
+import copy
 import json
 import warnings
 
@@ -7,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import pad
 
+from rwkv_peft.look.deltas import deltas
 from rwkv_peft.model.checkpoint import fingerprint, load, official, save
 from rwkv_peft.model.quant import quantize, rounded
 from rwkv_peft.model.rwkv import RWKV, RWKVConfig
@@ -19,6 +21,8 @@ from rwkv_peft.peft.magnitude import DoRA
 from rwkv_peft.peft.parts import Train
 from rwkv_peft.peft.shards import Bone, MiSS
 from rwkv_peft.peft.state_tuning import StateTuning
+from rwkv_peft.train.config import Config
+from rwkv_peft.train.folder import save_checkpoint, save_config
 
 import peft as hf
 
@@ -220,6 +224,7 @@ CLASSES = [c for c in vars(hf).values() if isinstance(c, type) and issubclass(c,
 NEEDS = {"AdaLoraConfig": dict(total_step=100), "IA3Config": dict(feedforward_modules=["ffn.value"]), "C3AConfig": dict(block_size=16), "VBLoRAConfig": dict(vector_length=16), "CPTConfig": dict(task_type="CAUSAL_LM", cpt_token_ids=[1])}
 NO_MERGE = {"LILY": "not supported for Lily", "BEFT": "no bias"}
 NO_PACKAGE = {"AdamssConfig": "scikit-learn"}
+NO_RUN = {"AdaLoraConfig"}       # a run's settings can't hold it: its class makes no plain object to compare with
 NOT_OUTSIDE = {"GLORA"}      # Hugging Face's own loader wants nn.Linear itself there, and ours is a kind of it
 
 
@@ -253,6 +258,36 @@ def test_every_config_of_hugging_face(tmp_path, kind):
 
 
 def check_package(kind, e): assert NO_PACKAGE[kind.__name__] in str(e)
+
+
+@pytest.mark.parametrize("kind", [c for c in CLASSES if c.__name__ not in NO_RUN], ids=lambda c: c.__name__)
+def test_a_checkpoint_of_every_config_is_looked_at(tmp_path, kind, file):
+    "Of a run that has no adapter's folder yet: as that library merges the live model in float64, and number by number as the folder then says."
+    try: config = kind(**NEEDS.get(kind.__name__, {}))
+    except ImportError as e: return check_package(kind, e)
+    if hasattr(config, "target_modules"): config.target_modules = ["att.key", "ffn.value"]
+    word = str(config.peft_type.value)
+    if word in CANNOT: return
+    run, model = tmp_path / "run", stir(attach(from_file(file), config, Train("ln1")))
+    save_config(run, Config(model=str(file), data=["a row"], peft=config, train_parts=["ln1"]), {})
+    save_checkpoint(run, 3, trained_parameters(model), {})
+    (run / "data").mkdir()
+    (run / "data/fingerprint.json").write_text(json.dumps({"base": model.attached.base}))
+    chance = torch.get_rng_state()
+    if word in NO_MERGE:
+        with pytest.raises(AdapterError, match=NO_MERGE[word]): deltas(run, step=3)
+        return
+    found = deltas(run, step=3, near=False)
+    assert torch.equal(chance, torch.get_rng_state())
+    told = [(c.name, c.part, c.r, c.numbers, c.base, c.norm, c.sigma.tolist()) for c in found.changes]
+    assert told == [(c.name, c.part, c.r, c.numbers, c.base, c.norm, c.sigma.tolist()) for c in deltas(save_adapter(model, tmp_path / "a"), file, near=False).changes]
+    theirs, before = copy.deepcopy(model.attached.foreign).double().merge_and_unload(), load(file, device="cpu", dtype=torch.float64)
+    assert {c.name for c in found.changes if c.part == "adapter"} == {f"blocks.{i}.{m}" for i in range(2) for m in ("att.key", "ffn.value")} and len(found) == 4 + 4
+    for c in found.changes:
+        if c.part != "adapter": continue
+        D = (theirs.get_submodule(c.name).weight - before.get_submodule(c.name).weight).detach()
+        expected = torch.linalg.svdvals(D)
+        assert c.norm == pytest.approx(D.norm().item(), rel=1e-9) and torch.allclose(c.sigma, expected[:len(c.sigma)], atol=1e-9 * expected[0].item()) and (expected[len(c.sigma):] < 1e-9 * expected[0]).all()
 
 
 def test_there_are_many_configs(): assert len(CLASSES) >= 40 and sum(c().peft_type.value not in CANNOT for c in CLASSES if c.__name__ not in (*NEEDS, *NO_PACKAGE)) >= 20

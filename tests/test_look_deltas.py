@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small import new_model, stir
 
 import rwkv_peft
@@ -226,6 +226,77 @@ def test_a_run_over_its_checkpoints(tmp_path):
     with pytest.raises(FileNotFoundError, match="there are \\[2, 4\\]"): deltas(run.folder, step=3)
 
 
+FOREIGN = {"loha": ("LoHaConfig", dict(r=2, modules_to_save=["blocks.0.ln1"])), "vera": ("VeraConfig", dict(r=4)), "lora": ("LoraConfig", dict(r=4, use_dora=True, use_rslora=True, rank_pattern={"ffn.key": 2}, alpha_pattern={"blocks.1.att.key": 7}))}
+told = lambda found: [(c.name, c.part, c.shape, c.r, c.numbers, c.norm, c.base, c.sigma.tolist()) for c in found.changes]
+
+
+@pytest.mark.parametrize("word", FOREIGN)
+def test_a_run_of_hugging_faces_over_its_checkpoints(word, tmp_path):
+    "That library's own merge of the live model while it trains, kept at each save, against what the folder says when all is over."
+    hf_peft = pytest.importorskip("peft")
+    names, (kind, options), seen = ["blocks.1.att.key", "blocks.4.ffn.key"], FOREIGN[word], {}
+    config = getattr(hf_peft, kind)(target_modules=names, **options)
+    run = rwkv_peft.finetune(model="rwkv7-tiny", data=[{"text": f"row {i} of a few"} for i in range(6)], peft=[config, "state"] if word == "vera" else config, max_steps=2, save_steps=1, keep=5,
+                             micro_bsz=2, accumulate=1, eval_split=0, lr_init=1e-2, name="run", output=str(tmp_path), device="cpu")
+    for event in run.steps():
+        if event["event"] != "saved": continue
+        theirs = copy.deepcopy(run.model.attached.foreign).double().merge_and_unload()
+        seen[event["step"]] = {n: array(theirs.get_submodule(n).weight) for n in names} | {n: array(p) for n, p in run.model.named_parameters() if n.endswith(".time_state") or "ln1" in n}
+    history, before = delta_history(run.folder), load("rwkv7-tiny", "cpu", torch.float32).state_dict()
+    assert list(history.steps) == list(seen) == [1, 2] and {c.part for c in history.steps[1].changes} == {"adapter", *{"loha": ["weight"], "vera": ["state"]}.get(word, [])}
+    for step, found in history.steps.items():
+        assert [c.name for c in found.changes if c.part == "adapter"] == names
+        for c in found.changes:
+            if c.part == "weight": assert math.isclose(c.norm, np.linalg.norm(seen[step][c.name] - array(before[c.name])), rel_tol=1e-9)
+            else: near_all(c.sigma, sigma_of(seen[step][c.name.split("[")[0]][int(c.name[-2])] if c.part == "state" else seen[step][c.name] - array(before[f"{c.name}.weight"])))
+    first, last = map(told, history.steps.values())
+    assert last == told(deltas(run.folder / "adapter", "rwkv7-tiny", near=False)) == told(deltas(run.folder, near=False)) != first
+    there = (run.folder / "adapter").rename(tmp_path / "elsewhere")                                  # a run that was stopped has none
+    assert told(deltas(run.folder, step=1, near=False)) == first and told(deltas(run.folder, near=False)) == last
+    if word == "vera": frozen_by_the_folder(run.folder, there, last)
+    if word == "loha": gone_on_with(there, names[0], tmp_path), refused(run.folder, tmp_path)
+
+
+def near_all(sigma, expected): assert expected[0] > 1e-4 and np.allclose(sigma, expected[:len(sigma)], atol=1e-7 * expected[0]) and np.all(expected[len(sigma):] < 1e-7 * expected[0])
+
+
+def frozen_by_the_folder(run, there, last):
+    "VeRA's two matrices, had they come out otherwise where the run was trained."
+    file = there.rename(run / "adapter") / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {"base_model.vera_A": tensors["base_model.vera_A"].flip(0)}, file)
+    assert told(deltas(run, step=2, near=False)) == told(deltas(run, near=False)) != last
+
+
+def gone_on_with(adapter, name, tmp_path):
+    "A run over an adapter's folder, whose method its settings don't name."
+    run = rwkv_peft.finetune(model="rwkv7-tiny", data=[{"text": "one more row"}], adapter=str(adapter), max_steps=1, save_steps=1, micro_bsz=1, accumulate=1, eval_split=0, lr_init=1e-2, name="more", output=str(tmp_path), device="cpu").fit()
+    (run.folder / "adapter").rename(tmp_path / "more_adapter")
+    assert deltas(run.folder)[name].norm == deltas(tmp_path / "more_adapter", "rwkv7-tiny")[name].norm != deltas(adapter, "rwkv7-tiny")[name].norm
+
+
+def refused(run, tmp_path):
+    "Another base, and a checkpoint that lacks a tensor or has it in another shape."
+    torch.save({n: x + 1 for n, x in official(load("rwkv7-tiny", "cpu", torch.float32)).items()}, tmp_path / "other.pth")
+    with pytest.raises(AdapterError, match="another base"): delta_history(run, tmp_path / "other.pth")
+    file = run / "checkpoints/step-2/trained.safetensors"
+    tensors = load_file(file)
+    odd = next(n for n in tensors if n.endswith("blocks.1.att.key.adapter.layer.hada_w1_a.default"))
+    for changed in ({n: x for n, x in tensors.items() if n != odd}, tensors | {odd: tensors[odd][:, :1].clone()}):
+        save_file(changed, file)
+        with pytest.raises(AdapterError, match="don't hold the same parameters .*hada_w1_a"): deltas(run)
+
+
+@pytest.mark.parametrize("out, inside, rank", [(640, 700, 640), (900, 513, 513), (600, 520, 7), (520, 600, 0)])
+def test_a_large_dense_change_by_the_eigenvalues_of_its_square(out, inside, rank):
+    "Against LAPACK's SVD, over nine decades: σ² to 13 digits of the largest, and the same effective rank and directions."
+    g = torch.Generator().manual_seed(out)
+    D = torch.randn(out, rank, generator=g, dtype=torch.float64) @ torch.randn(rank, inside, generator=g, dtype=torch.float64) * torch.logspace(0, -9, inside, dtype=torch.float64)
+    exact, ours = torch.as_tensor(sigma_of(D.numpy())), spectrum(D)
+    assert ours.shape == exact.shape and (ours.square() - exact.square()).abs().max() <= 1e-13 * exact[0] ** 2 and ours.tolist() == sorted(ours.tolist(), reverse=True)
+    assert math.isclose(effective_rank(ours), effective_rank(exact), rel_tol=1e-11) and [rank_to(ours, s) for s in (.5, .9, .99)] == [rank_to(exact, s) for s in (.5, .9, .99)]
+
+
 class Alts(HTMLParser):
     "The words for pictures, and every address."
     def __init__(self, html):
@@ -242,7 +313,7 @@ class Alts(HTMLParser):
 def test_the_card_holds_all_it_shows(base):
     found = deltas(stir(fresh(base, LoRA(r=3), StateTuning(), Train("ln"))))
     seen = Alts(delta_card(found))
-    assert len(seen.alts) == 2 and all(seen.alts) and seen.sources == [s for s in seen.sources if s.startswith("data:image/png;base64,")] and not seen.tags & {"script", "style", "link"}
+    assert len(seen.alts) == 2 and all(seen.alts) and seen.sources == [s for s in seen.sources if s.startswith("data:image/")] and not seen.tags & {"script", "style", "link"}
     most = max((c for c in found.changes if c.layer is not None and c.relative is not None), key=lambda c: c.relative)
     assert most.kind in change_map(found).alt and len(delta_card(found)) < 100_000
 

@@ -2,12 +2,12 @@
 import json
 import math
 import re
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
+from markup import Markup
 import rwkv_peft
 from rwkv_peft.bench.demo import demo_rows
 from rwkv_peft.look.report import report
@@ -132,19 +132,7 @@ EVENTS = st.lists(st.one_of(
 def test_any_order_of_events_has_curves_and_remarks(events):
     once = remarks(events)
     assert once == remarks(json.loads(json.dumps(events))) and [r.step for r in once] == sorted(r.step for r in once)
-    for html in (curves(events), remark_list(once), difference(events, events)._repr_html_()): Tags(html)
-
-
-class Tags(HTMLParser):
-    "Tags, attributes and text of a piece of HTML; every element is closed in order."
-    def __init__(self, html):
-        super().__init__()
-        self.tags, self.attributes, self.open, self.text = [], [], [], ""
-        self.feed(str(html))
-        assert not self.open
-    def handle_starttag(self, tag, attrs): self.tags.append(tag); self.attributes += attrs; self.open += [] if tag in ("br", "img", "hr", "meta") else [tag]
-    def handle_endtag(self, tag): assert self.open.pop() == tag
-    def handle_data(self, data): self.text += data
+    for html in (curves(events), remark_list(once), difference(events, events)._repr_html_()): Markup(html)
 
 
 def test_markup_and_long_lines_from_anywhere_stay_text(tmp_path):
@@ -155,7 +143,7 @@ def test_markup_and_long_lines_from_anywhere_stay_text(tmp_path):
     place.mkdir()
     (place / "events.jsonl").write_text("".join(json.dumps(e) + "\n" for e in a))
     for html in (curves(a), remark_list(remarks(a)), difference(a, b)._repr_html_(), runs_table(tmp_path), report(b)):
-        found = Tags(html)
+        found = Markup(html)
         assert not {"script", "img"} & set(found.tags) and not any(name.startswith("on") for name, _ in found.attributes) and "http:" not in html and "https:" not in html
         str(html).encode("utf-8")
     assert len(difference(a, b)._repr_html_()) < 60_000 and len(repr(difference(a, b))) < 5000 and len(remark_list(remarks(a))) < 5000
@@ -163,14 +151,14 @@ def test_markup_and_long_lines_from_anywhere_stay_text(tmp_path):
 
 def test_figures_have_words_and_dark_pages_keep_their_colours():
     events = [*evals((0, 3.)), *steps([3., 2., 1.]), {**evals((3, 1.))[0], "change": {"loss": [-2, -2.5, -1.5], "documents": 4}, "general": {"loss": 4.}}]
-    found = Tags(curves(events))
-    labels = [value for name, value in found.attributes if name == "aria-label"]
+    found = Markup(curves(events))
+    labels = found.values("aria-label")
     assert len(labels) == found.tags.count("svg") == 4 and "training from 3 to 1, lowest 1" in labels[0] and "learning rate" in labels[1]
     assert "95 % from from 0.5 to 0.5" in labels[3] and "95 % to from 1.5 to 1.5" in labels[3] and "general text from 4" in labels[3]
     for html in (curves(events), remark_list(remarks(events)), difference(events, events)._repr_html_()):
-        styles = " ".join(value for name, value in Tags(html).attributes if name == "style")
+        styles = " ".join(Markup(html).values("style"))
         assert not re.search(r"(?:^|[;\s])color:\s*(?!inherit)", styles) and "white;" not in styles
-    assert Tags(curves([])).tags.count("svg") == 1
+    assert Markup(curves([])).tags.count("svg") == 1
 
 
 def test_the_table_of_runs(tmp_path):
@@ -189,7 +177,7 @@ def test_the_table_of_runs(tmp_path):
     assert [found["b"][k] for k in COLUMNS[2:8]] == ["LoRA", 2, 1.0, 1.5, 200.0, 2 ** 30]
     assert [f["name"] for f in runs_in(tmp_path, by="held out")][:2] == ["b", "a"] and [f["name"] for f in runs_in(tmp_path, by="held out", descending=True)][:2] == ["a", "b"]
     assert [f["name"] for f in runs_in(tmp_path, by="loss")][:2] == ["b", "a"]                       # nan comes last with the unknown
-    text = Tags(runs_table(tmp_path)).text
+    text = Markup(runs_table(tmp_path)).text
     assert "1.00 GiB" in text and "line 1: not an event" in text
     assert "there are no runs in" in runs_table(tmp_path / "nowhere") and "there are no runs" in runs_table(tmp_path / "no run")
     with pytest.raises(ValueError, match="held out"): runs_table(tmp_path, by="heldout")
@@ -245,7 +233,7 @@ def test_real_runs_are_told_and_subtracted(train):
     last = remarks(boom)[-1]
     assert (last.kind, last.text) == ("not finite", boom.said) and last.rows
     text = "".join(boom.data.tokenizer.decode(boom.data[last.rows[0]].tokens.tolist()).split())
-    assert text.strip("\0")[:20] in "".join(Tags(rows_behind(boom.folder, last)).text.split())        # from the folder alone
+    assert text.strip("\0")[:20] in "".join(Markup(rows_behind(boom.folder, last)).text.split())        # from the folder alone
     assert f"1 of the {len(last.rows)} rows" in rows_behind(boom, last, limit=1) and "no rows" in rows_behind(boom, remarks(boom)[0])
     one = train("r-1", max_steps=2, eval_steps=2, r=1)
     d = one - train("r-2", max_steps=2, eval_steps=2, r=2)

@@ -1,13 +1,13 @@
 "Figures of memories against numbers computed another way: numpy, the model on each prefix, one write at a time, and what base and tuned model write themselves."
 import math
 import re
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
+from markup import Markup
 from rwkv_peft.kernels.loop import wkv6_loop, wkv7_loop
 from rwkv_peft.look import states as look
 from rwkv_peft.model.rwkv import RWKV, RWKVConfig
@@ -38,18 +38,8 @@ def make(version="7", start=True, dtype=torch.float32, seed=0):
     return model
 
 
-class Tags(HTMLParser):
-    "The tags of a piece of HTML, and its text."
-    def __init__(self, html):
-        super().__init__()
-        self.tags, self.text = [], ""
-        self.feed(str(html))
-    def handle_starttag(self, tag, attrs): self.tags.append(tag)
-    def handle_data(self, data): self.text += data
-
-
 def safe(html, *, said):
-    found = Tags(html)
+    found = Markup(html)
     assert not {"script", "img", "style", "link"} & set(found.tags) and "\x1b" not in html and not re.search(r"https?://", html)
     for text in said: assert text in found.text
     return found
@@ -113,7 +103,7 @@ def test_growth_reads_the_checkpoints_of_a_run(tmp_path):
         save_checkpoint(tmp_path, step, {**tensors, "blocks.0.att.key.adapter.A": torch.ones(2)}, {})
     found = look.growth(tmp_path)
     assert found.steps == [9, 10, 100] and torch.allclose(found.norms, torch.tensor([[[size] * 3, [2 * size] * 3] for size in (5., 2., 1.)]))
-    assert "layer 1 from 10 to 2" in Tags(found._repr_html_()).text
+    assert "layer 1 from 10 to 2" in Markup(found._repr_html_()).text
     with pytest.raises(FileNotFoundError): look.growth(tmp_path / "none")
     save_checkpoint(tmp_path / "other", 1, {"blocks.0.att.key.adapter.A": torch.ones(2)}, {})
     with pytest.raises(MethodError, match="something else"): look.growth(tmp_path / "other")
@@ -153,7 +143,7 @@ def test_a_strip_of_anything_is_text():
     found = look.Strip("<b>" + EVIL * 10, {0.0: "same " + EVIL, 1.0: "same other" + EVIL})
     tags = safe(found._repr_html_(), said=["<script>alert(1)</script>", "the last 200 of"])
     assert tags.tags.count("u") == 1
-    assert Tags(look.departed("abc", "abc")).tags == ["bdi"] and Tags(look.departed("", "abc")).text == ""
+    assert Markup(look.departed("abc", "abc")).tags == ["bdi"] and Markup(look.departed("", "abc")).text == ""
 
 
 # ---------- over a text
@@ -244,17 +234,17 @@ def test_a_line_of_100000_characters_is_cut_and_says_so():
     tokens = Bytes().encode("<" * T)
     sizes = torch.rand(T, 2, 3, generator=torch.Generator().manual_seed(0))
     html = look.Evolution(tokens, Bytes(), sizes[0], sizes, sizes, torch.rand(2, 3, 8).double())._repr_html_()
-    assert len(html) < 400_000 and "98,500 more tokens" in Tags(html).text
+    assert len(html) < 400_000 and "98,500 more tokens" in Markup(html).text
     writes = look.Writes(tokens, Bytes(), 0, 0, T - 9, torch.rand(T - 7, 8).double(), torch.zeros(8))
     html = writes._repr_html_()
-    assert len(html) < 400_000 and "earlier tokens are not drawn (share " in Tags(html).text
+    assert len(html) < 400_000 and "earlier tokens are not drawn (share " in Markup(html).text
 
 
 def test_figures_of_many_layers_draw_some_and_say_so():
     S = torch.randn(24, 2, 4, 4, generator=torch.Generator().manual_seed(0))
-    text = Tags(look.spectra(S)).text
+    text = Markup(look.spectra(S)).text
     assert "5 of 24 layers" in text and "layer 23" in text and "layer 12" in text
-    assert "5 of 24 layers" in Tags(look.Growth([1, 2], torch.rand(2, 24, 2))._repr_html_()).text
+    assert "5 of 24 layers" in Markup(look.Growth([1, 2], torch.rand(2, 24, 2))._repr_html_()).text
 
 
 # ---------- the lab
@@ -280,7 +270,7 @@ def test_a_lab_shown_twice_is_one_lab(monkeypatch):
     lab.show()
     assert lab.slider is slider and len(widget._instances) == held and len(places) == 2
     slider.value = 0
-    assert "0%" in Tags(places["place 0"].shown[-1]).text and len(places) == 2
+    assert "0%" in Markup(places["place 0"].shown[-1]).text and len(places) == 2
 
 
 def test_the_lab_redraws_what_its_controls_ask_for(monkeypatch):
@@ -297,7 +287,7 @@ def test_the_lab_redraws_what_its_controls_ask_for(monkeypatch):
     sample, mosaic = handles
     assert list(lab.strip.texts) == [0, .5, 1] and "application/vnd.jupyter.widget-view+json" in shown[1] and "live kernel" in shown[1]["text/plain"]
     lab.slider.value = .35
-    assert lab.texts[.35] == look.sample_at(model, "hé", .35, max_tokens=20) and "35%" in Tags(sample.shown[-1]).text and not mosaic.shown
+    assert lab.texts[.35] == look.sample_at(model, "hé", .35, max_tokens=20) and "35%" in Markup(sample.shown[-1]).text and not mosaic.shown
     assert (lab.layer.label, lab.head.label) == ("all layers", "all heads")
     lab.layer.value, lab.head.value = 1, 2
     assert "1 layers by 1 heads" in mosaic.shown[-1].alt and len(sample.shown) == 1
@@ -311,5 +301,5 @@ def test_the_lab_redraws_what_its_controls_ask_for(monkeypatch):
     def fail(*a): raise RuntimeError("<b>lost</b>")
     monkeypatch.setattr("rwkv_peft.notebook.state_lab.sample_at", fail)
     lab.slider.value = .9
-    assert "RuntimeError: <b>lost</b>" in Tags(sample.shown[-1]).text
+    assert "RuntimeError: <b>lost</b>" in Markup(sample.shown[-1]).text
     assert safe(attempt(lambda: (_ for _ in ()).throw(ValueError(EVIL))), said=["alert(1)"])

@@ -1,13 +1,13 @@
 "Token losses against full logits, sorts and the run's own evaluation; ribbons over rows that nobody would write."
 import math
 import re
-from html.parser import HTMLParser
 
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from torch.nn.functional import cross_entropy
 
+from markup import Markup
 from rwkv_peft import LoRA, RWKV, RWKVConfig, StateTuning, attach, read_data
 from rwkv_peft.data.chat import TEMPLATES
 from rwkv_peft.data.masks import Example, encode_segments
@@ -28,23 +28,6 @@ def small(vocab_size=257, **sizes):
     with torch.no_grad():
         for p in model.parameters(): p.add_(.3 * torch.randn_like(p))
     return model.requires_grad_(False)
-
-
-class Seen(HTMLParser):
-    "What a browser makes of a piece of HTML: its tags, attributes and text."
-    def __init__(self, html):
-        super().__init__()
-        self.tags, self.attributes, self.text, self.open = [], [], "", []
-        self.feed(html)
-        self.close()
-        assert not self.open
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-        self.open.append(tag)
-    def handle_endtag(self, tag): assert self.open.pop() == tag
-    def handle_data(self, data): self.text += data
-    def titles(self): return [v for k, v in self.attributes if k == "title"]
 
 
 @pytest.mark.parametrize("version", ["5.2", "6", "7"])
@@ -88,10 +71,10 @@ def test_scores_of_a_long_row_never_exist_together_and_little_of_it_is_drawn():
     found = read_losses(model, Example(tokens, torch.tensor([0.] * 60_001 + [1.] * 40_000)), chunk=2000)
     assert sum(n for _, n, _ in shapes) == len(found.nats) == 100_000 and max(n for _, n, _ in shapes) == 2000
     html = loss_ribbon(found)
-    assert len(html) < 400_000 and len(Seen(html).titles()) == 1000
+    assert len(html) < 400_000 and len(Markup(html).values("title")) == 1000
     assert "the 59,901 pieces before" in html and f"… and {100_001 - 59_901 - 1000:,} more tokens" in html
-    assert len(Seen(loss_ribbon(found, limit=10, start=0)).titles()) == 10 and "pieces before" not in loss_ribbon(found, limit=10, start=0)
-    assert Seen(loss_ribbon(found, limit=10, start=200_000)).titles() == []                       # beyond the end: nothing, and it says how much was passed over
+    assert len(Markup(loss_ribbon(found, limit=10, start=0)).values("title")) == 10 and "pieces before" not in loss_ribbon(found, limit=10, start=0)
+    assert Markup(loss_ribbon(found, limit=10, start=200_000)).values("title") == []                       # beyond the end: nothing, and it says how much was passed over
     assert "100,001 pieces before" in loss_ribbon(found, limit=10, start=200_000)
 
 
@@ -155,7 +138,7 @@ def test_readings_of_different_rows_are_refused():
 def test_a_row_without_predictions_is_drawn(tokens):
     found = read_losses(MODEL, tokens)
     assert len(found.nats) == len(found.ranks) == 0 and math.isnan(found.loss) and len(found.pieces) == len(tokens)
-    assert "0 of 0 tokens" in Seen(loss_ribbon(found)).text and "NaN" not in compare(found, found) and "nan" not in compare(found, found)
+    assert "0 of 0 tokens" in Markup(loss_ribbon(found)).text and "NaN" not in compare(found, found) and "nan" not in compare(found, found)
 
 
 def test_a_row_without_trained_tokens_says_so():
@@ -175,12 +158,12 @@ def test_whatever_a_row_holds_is_text(tokenizer):
     text = "|".join(EVIL)
     example = encode_segments([("Q", 0.), (text, 1.)], tokenizer)
     model = MODEL if tokenizer.name == "bytes" else small(65536, n_layer=1)
-    found, bare = read_losses(model, example), Seen(loss_ribbon(read_losses(model, [0, *tokenizer.encode("ab")])))
+    found, bare = read_losses(model, example), Markup(loss_ribbon(read_losses(model, [0, *tokenizer.encode("ab")])))
     for html in (loss_ribbon(found, name=text), compare(found, read_losses(model, example), name=text), WorstRows(worst_rows(model, [example]))._repr_html_()):
-        seen = Seen(html)
+        seen = Markup(html)
         assert set(seen.tags) <= {*bare.tags, "p", "b", "u"} and {k for k, _ in seen.attributes} <= {"style", "class", "title"}
         assert not set("\x1b\x07\0\r\u202e\u2066") & set(html)
-    ribbon = Seen(loss_ribbon(found)).text
+    ribbon = Markup(loss_ribbon(found)).text
     for part in ("<script>alert(1)</script>", "\\x1b[31m\\x1b]0;title\\x07", "\\u202eabc\\u2066", "שלום עולם", "\\x0d↵\n\tb\\x00", "$x$ &amp; `c`"): assert part in ribbon
     assert "http" not in ribbon and "tex2jax_ignore" in loss_ribbon(found)
 
@@ -190,11 +173,11 @@ def test_half_characters_are_bytes_and_whole_ones_are_drawn_together():
     ids = World().encode(text)
     found = read_losses(model, [0, *ids])
     assert b"".join(map(World().token_bytes, ids)) == text.encode() and any("\\x" in p for p in found.pieces)
-    drawn = Seen(loss_ribbon(found))
+    drawn = Markup(loss_ribbon(found))
     assert "😀好" in drawn.text and "\ufffd" not in drawn.text
-    both = next(t for t in drawn.titles() if "\\xf0\\x9f" in t)
+    both = next(t for t in drawn.values("title") if "\\xf0\\x9f" in t)
     assert all(f"id {i} " in both for i in ids[:len(World().encode("😀"))])                      # one hover tells of all its tokens
-    broken = Seen(loss_ribbon(read_losses(MODEL, [0, 0xe5 + 1, 66])))
+    broken = Markup(loss_ribbon(read_losses(MODEL, [0, 0xe5 + 1, 66])))
     assert "\\xe5A" in broken.text
     assert spelled([65533], World()) == "id 65533" and spelled([300], Bytes()) == "id 300"
 
@@ -248,7 +231,7 @@ def test_the_worst_rows_are_the_worst():
     few = worst_rows(MODEL, data, n=50, most=7)
     assert len(few) <= 7 and "looked at 7 of 25 rows" in repr(few)
     assert worst_rows(MODEL, data[23:]) == [] and worst_rows(MODEL, []) == [] and worst_rows(MODEL, []).notes == ()
-    assert "rows" not in Seen(worst_rows(MODEL, [])._repr_html_()).text
+    assert "rows" not in Markup(worst_rows(MODEL, [])._repr_html_()).text
 
 
 def test_rows_are_named_as_the_data_set_names_them(tmp_path):

@@ -1,5 +1,6 @@
 "The cell magic inside one process: what it reads, what it refuses, what it hands on, what it completes."
 import ast
+import json
 import re
 import sys
 import threading
@@ -19,6 +20,7 @@ from rwkv_peft import RWKV, RWKVConfig
 from rwkv_peft.look.report import report
 from rwkv_peft.look.runs import remarks
 from rwkv_peft.notebook import magic
+from rwkv_peft.notebook.card import TextCard
 from rwkv_peft.peft.adapters import detach
 from rwkv_peft.train import loop
 from rwkv_peft.train.config import Config, ConfigError, settings_table
@@ -34,7 +36,8 @@ class FakeRun:
         self.asked, self.begun, self.thread = threading.Event(), threading.Event(), None
 
     def stop(self): self.asked.set()
-    def plan(self): return {"steps": self.length, "device": "cpu"}
+    def plan(self):
+        return {"methods": ["LoRA"], "parameters": 100, "trained": 10, "rows": 9, "held_out_rows": 3, "rows_per_step": 3, "steps": self.length, "epochs": 1, "lr_init": 1e-4, "time": "unknown", "device": "cpu", "precision": "float32", "memory": None}
 
     def steps(self):
         self.thread = threading.current_thread()
@@ -282,6 +285,19 @@ def test_a_dry_run_of_a_resumption_keeps_what_was_learnt(real):
     assert real.user_ns["small"].attached and real.user_ns["mine"].report()["status"] == "done"
 
 
+def test_what_the_curves_show_is_worked_out_once(monkeypatch, tmp_path):
+    "For the report and the last card together."
+    import rwkv_peft.look.runs as runs
+    found, asked, view = remarks, [], TextCard()
+    for module in (magic, runs): monkeypatch.setattr(module, "remarks", lambda source: asked.append(source) or found(source))
+    events = [{"event": "start", "config": {"name": "x"}, "folder": str(tmp_path)}, *({"event": "step", "step": i, "loss": 1., "lr": 1.} for i in (1, 2)), {"event": "done", "step": 2}]
+    (tmp_path / "events.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))
+    last = magic.WithReport(view)
+    for event in events: last.take(event)
+    last.end()
+    assert len(asked) == 1 and [r.kind for r in view.progress.remarks] == ["learning rate"] and view.progress.remarks[0].text in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
 def test_a_run_leaves_its_report(real, tmp_path):
     captured, error = run(real, "%%rwkv_finetune mine" + BODY)
     assert error is None and "report.html" not in captured.stdout
@@ -292,7 +308,7 @@ def test_a_run_leaves_its_report(real, tmp_path):
 
 def test_a_report_that_can_not_be_written_hides_neither_result_nor_error(real, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(magic, "write_report", lambda folder: 1 / 0)
+        patch.setattr(magic, "write_report", lambda folder, found: 1 / 0)
         captured, error = run(real, "%%rwkv_finetune mine" + BODY)
     assert error is None and "note: report.html was not written: division by zero" in captured.stdout and "mine: done, step 4 of 4" in captured.stdout
     assert not (tmp_path / "runs/mine/report.html").exists() and (tmp_path / "runs/mine/adapter").is_dir()

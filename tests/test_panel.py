@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from IPython.core.error import UsageError
 
+from markup import Markup
 from rwkv_peft.model.rwkv import RWKV, RWKVConfig
 from rwkv_peft.data.chat import TEMPLATES
 from rwkv_peft.export.formats import import_
@@ -25,7 +26,9 @@ from rwkv_peft.peft.adapters import merge
 from rwkv_peft.peft.lora import LoRA
 from rwkv_peft.train.config import Config, ConfigError, setting, settings_table
 from rwkv_peft.train.loop import Run, finetune
+from rwkv_peft.train.optim import methods_of
 from rwkv_peft.train.plan import plan_like
+from rwkv_peft.train.script import read_script
 
 ROWS = {row["name"]: row for row in settings_table()}
 rows = [{"prompt": f"<b>{i}</b> + 1 =", "completion": f" {i + 1}."} for i in range(20)]
@@ -164,6 +167,37 @@ def test_the_button_reads_the_cell_and_none_is_the_default(here):
     assert panel.sheet.bundle["text/plain"] == "" and panel.values() == {"model": panel.names["model"], "data": rows, "r": 8, "name": "x"}
     panel.set(**dict.fromkeys(panel.fields))
     assert panel.values() == {} and {name: panel.fields[name].widget.options for name in choices} == choices
+
+
+SCRIPT = """--load_model base.pth --data_file '<b>rows.jsonl' --data_type jsonl --wandb '<b>&' --proj_dir out/mine \\
+ --peft lora --lora_config '{"lora_load":"","lora_r":8,"lora_alpha":16,"lora_dropout":0.0}' --micro_bsz 4"""
+
+
+def test_a_panel_takes_the_flags_of_a_script_as_the_magic_does(here):
+    converted, said = read_script(SCRIPT), []
+    assert read_cell("%%rwkv_finetune\n" + SCRIPT, {}, said.append) == read_cell(SCRIPT, {}) == converted.settings and said == converted.notes and len(said) > 3
+    assert read_cell("%%rwkv_finetune other\n" + SCRIPT, {})["name"] == "other" and f"l2wrap={converted.settings['l2wrap']!r}" in python_of(SCRIPT)
+    with pytest.raises(UsageError, match="body line 2: --peft 'lorra'"): read_cell("%%rwkv_finetune x\n--load_model a --data_file b\n--peft lorra", {})
+    panel = panel_of()
+    panel.parts["cell"].value = SCRIPT
+    panel.parts["read"].click()
+    usual = {name: ROWS[name]["default"] for name in converted.settings if name != "peft"}
+    assert panel.values() == {name: value for name, value in converted.settings.items() if name == "peft" or value != usual[name]}      # the fields of the earlier form are empty again
+    for shown in (panel, Panel.from_cell(SCRIPT)):
+        assert shown.values() == panel.values() and shown.sheet.bundle["text/plain"] == "\n".join(f"note: {s}" for s in said)
+        assert all(s in Markup(shown.sheet.bundle["text/html"]).text for s in said)
+    assert read_cell(panel.as_cell(), {}) == panel.values()
+
+
+@pytest.mark.parametrize("said, methods", [({}, ["LoRA"]), ({"train_type": "state"}, ["StateTuning"]), ({"train_type": "state", "peft": "lora"}, ["LoRA", "StateTuning"]), ({"peft": "lora"}, ["LoRA"]), ({"peft": "state"}, ["StateTuning"])])
+def test_the_method_that_a_form_shows_is_the_one_that_trains(here, said, methods):
+    "Also where the word said is the default: the form, its cell, and the form made of that cell."
+    panel = panel_of(r=None, **said)
+    assert panel.fields["peft"].text == said.get("peft", "") and ('peft = ' in panel.as_cell()) == ("peft" in said)
+    for values in (panel.values(), read_cell(panel.as_cell(), panel.names), Panel.from_cell(panel.as_cell(), panel.names).values()):
+        assert [type(m).__name__ for m in methods_of(Config(**values))] == methods
+    panel.set(peft=None)
+    assert "peft" not in panel.values() and panel.fields["peft"].widget.placeholder == "(by train_type)"
 
 
 def test_objects_are_shown_by_name():

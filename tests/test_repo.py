@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from itertools import cycle
 from pathlib import Path
 
 import nbformat
@@ -149,6 +150,30 @@ def test_public_names_resolve():
     import importlib
     for package in (rwkv_peft, *(importlib.import_module(f"rwkv_peft.{r}") for r in rooms if (root / "rwkv_peft" / r / "__init__.py").exists())):
         for public in package.__dir__(): assert getattr(package, public) is not None
+
+
+SAME = [(p.parent.name, p.stem) for p in modules if p.parent.parent.name == "rwkv_peft" and f'"{p.stem}": "{p.stem}"' in (p.parent / "__init__.py").read_text(encoding="utf-8")]
+
+
+def test_a_function_is_not_hidden_by_the_module_that_is_called_like_it():
+    "Whichever import comes first, in a Python of its own; what else is in the module stays within reach."
+    assert {"report", "deltas", "attach", "batches", "evaluate", "curve"} <= {stem for _, stem in SAME}
+    orders = ("from rwkv_peft.{0} import {1} as found", "import rwkv_peft.{0}.{1}", "import rwkv_peft.{0}.{1} as found")
+    lines = [order.format(room, stem) for (room, stem), order in zip(SAME, cycle(orders))]
+    ask = f"""
+import importlib, sys, types
+import rwkv_peft
+for room, stem in {SAME}:
+    function, package = getattr(importlib.import_module(f"rwkv_peft.{{room}}"), stem), importlib.import_module(f"rwkv_peft.{{room}}")
+    module = sys.modules[f"rwkv_peft.{{room}}.{{stem}}"]
+    assert isinstance(function, types.FunctionType) and isinstance(module, types.ModuleType) and function is getattr(module, stem) is getattr(package, stem), stem
+    assert [n for n in module.__all__ if getattr(module, n) is not (function if n == stem else getattr(function, n))] == [], stem
+from rwkv_peft.look import report, deltas, states
+import rwkv_peft.look.report as m
+assert callable(report) and callable(deltas) and m.card is sys.modules["rwkv_peft.look.report"].card and states is sys.modules["rwkv_peft.look.states"]
+"""
+    ran = subprocess.run([sys.executable, "-c", "\n".join(lines) + ask], capture_output=True, text=True, cwd=root)
+    assert ran.returncode == 0, ran.stderr
 
 
 def test_nothing_dangerous():

@@ -3,13 +3,15 @@ import json
 import re
 from functools import reduce
 from html import unescape
-from html.parser import HTMLParser
 
 import pytest
 from hypothesis import given, settings, strategies as st
 
+from markup import Markup
 from rwkv_peft.look.report import Progress, advance, card, headline, means, numbers, plan_card, progress_of, report, write_report
+from rwkv_peft.look.runs import difference
 from rwkv_peft.notebook.card import LiveCard, TextCard, curve_bundle, ended
+from rwkv_peft.train.plan import as_rows
 
 EVIL = "</td><script>alert(1)</script><img src=x onerror=alert(2)> \" ' & \ud800"
 
@@ -20,15 +22,6 @@ def told(name="my-run", steps=5, end="done"):
         yield {"event": "step", "step": step, "loss": 2.0 / step, "lr": 1e-3, "grad_norm": 1.0, "tokens": 100, "seconds": .5, "memory": 2 ** 30, "rows": [step]}
     yield {"event": "eval", "step": steps, "loss": .4, "bits_per_byte": .2, "tokens": 50, "best": True}
     if end: yield {"event": end, "step": steps, "message": ""}
-
-
-class Tags(HTMLParser):
-    "The tags and attributes of a piece of HTML."
-    def __init__(self, html):
-        super().__init__()
-        self.tags, self.attributes = [], []
-        self.feed(html)
-    def handle_starttag(self, tag, attrs): self.tags.append(tag); self.attributes += attrs
 
 
 def known(events): return reduce(advance, events, Progress())
@@ -109,15 +102,16 @@ PLAN = {"methods": ["LoRA", "StateTuning"], "parameters": 1000, "trained": 25, "
 
 def test_a_plan_is_told_in_sentences_and_as_a_bar():
     html = plan_card("x", PLAN)
+    drawn = lambda plan: Markup(plan_card("x", plan)).values("stroke-dasharray")
     text = words(html)
     assert "60 steps of 4 rows: 2.222 times over 108 rows; 12 are held out." in text and "LoRA and StateTuning train 25 of 1,000 numbers (2.50%), learning rate 0.004." in text
     assert "Needs 8.00 GiB for tensors at the peak and 0.50 GiB to 1.00 GiB beside them; 16.00 GiB are there. It fits." in text
-    widths = [float(value) for name, value in Tags(html).attributes if name == "width" and "." in value]
-    assert [round(w / widths[1]) for w in widths] == [4, 1, 0, 3, 1] and "stroke-dasharray" in html      # of 9 GiB, and 16 are within sight
+    widths = [float(value) for name, value in Markup(html).attributes if name == "width" and "." in value]
+    assert [round(w / widths[1]) for w in widths] == [4, 1, 0, 3, 1] and drawn(PLAN)      # of 9 GiB, and 16 are within sight
     assert "LoRA trains 25" in words(plan_card("x", PLAN | {"methods": ["LoRA"]})) and "learning rate to be found before the first step." in words(plan_card("x", PLAN | {"lr_init": None}))
     tight = PLAN | {"memory": MEMORY | {"room": 2**33, "fits": False, "cheapest": {"change": {"quant": "nf4"}, "peak": 2**32}}}
     assert "It doesn't fit; the cheapest change that does: quant = nf4 (4.00 GiB)" in words(plan_card("x", tight))
-    assert "stroke-dasharray" not in plan_card("x", PLAN | {"memory": MEMORY | {"room": 2**40}}) and "<svg" not in plan_card("x", PLAN | {"memory": None})
+    assert not drawn(PLAN | {"memory": MEMORY | {"room": 2**40}}) and "svg" not in Markup(plan_card("x", PLAN | {"memory": None})).tags
 
 
 def test_the_running_mean_is_one():
@@ -143,7 +137,7 @@ def test_markup_from_anywhere_stays_text():
     events = [{**e, "config": {"name": EVIL, "model": EVIL, EVIL: EVIL}, "data": {EVIL: [EVIL]}, "versions": {EVIL: EVIL}, "folder": EVIL} if e["event"] == "start" else e for e in told()]
     events += [{"event": "sample", "step": 5, "prompt": EVIL, "text": EVIL, "base": EVIL}, {"event": "warning", "message": EVIL}, {"event": "error", "step": 5, "message": EVIL}]
     for html in (card(known(events)), report(events), plan_card(EVIL, PLAN | {"model": EVIL, "methods": [EVIL], "time": EVIL, "device": EVIL, EVIL: EVIL})):
-        found = Tags(html)
+        found = Markup(html)
         assert not {"script", "img"} & set(found.tags) and not any(name.startswith("on") for name, _ in found.attributes)
         assert "https://" not in html and "http://" not in html
         html.encode("utf-8")
@@ -161,8 +155,20 @@ def test_any_order_of_events_can_be_drawn(events):
     report(events)
 
 
+def test_nobody_has_to_read_python_in_a_table():
+    "A list, a table, a switch and what is unset, in every card and table that shows settings."
+    config = {"name": "a", "peft": [{"method": "lora", "r": 8}, "state"], "grad_cp": True, "layerwise_lr": False, "ranks": {"att": 16}, "targets": ["att", "ffn"], "lr_init": 2e-4}
+    start = {"event": "start", "config": config, "plan": {"methods": ["LoRA", "StateTuning"], "steps": 5, "lr_init": None}, "data": {"rows": 3, "source": None, "notes": ["one", "two"]}, "versions": {}}
+    plan = as_rows(start["plan"])
+    found = difference([start], [{**start, "config": {"name": "b", "peft": "lora", "loss_mask": None}}])
+    shown = {"card": Markup(card(known([start]))).text, "plan": Markup(plan_card("a", plan)).text, "lines": "\n".join(f"{k}: {v}" for k, v in plan.items()), "difference": Markup(found._repr_html_()).text, "difference as text": repr(found)}
+    for where, text in shown.items(): assert not re.search(r"[\[{]['\"]|\b(None|True|False)\b", text), (where, text)
+    for where in ("card", "plan", "lines"): assert "LoRA + StateTuning" in shown[where]
+    assert "(method = lora, r = 8), state" in shown["difference"] and "true" in shown["card"] and "att, ffn" in shown["card"] and "unset" in shown["difference as text"]
+
+
 def test_dark_pages_keep_their_colours():
-    styles = " ".join(value for name, value in Tags(card(known(told()))).attributes if name == "style")
+    styles = " ".join(Markup(card(known(told()))).values("style"))
     assert not re.search(r"(?:^|[;\s])color:\s*(?!inherit)", styles) and not re.search(r"#[0-9a-f]{3,6}|white|black", styles)
 
 
@@ -171,7 +177,7 @@ def test_a_folder_is_enough_and_the_killed_runs_half_line_is_no_harm(tmp_path):
     (tmp_path / "events.jsonl").write_text("\n".join(lines) + '\n{"event": "ste')
     path = write_report(tmp_path)
     html = path.read_text(encoding="utf-8")
-    assert "stopped at step 5 — resume with" in html and "<svg" in html and sorted(p.name for p in tmp_path.iterdir()) == ["events.jsonl", "report.html"]
+    assert "stopped at step 5 — resume with" in html and "svg" in Markup(html).tags and sorted(p.name for p in tmp_path.iterdir()) == ["events.jsonl", "report.html"]
     with pytest.raises(FileNotFoundError, match="events.jsonl"): report(tmp_path / "other")
 
 

@@ -61,3 +61,10 @@ def test_wheel_works_without_a_compiler(wheel, tmp_path):
     (own / "borrowed.pth").write_text(str(Path(sys.prefix) / own.relative_to(tmp_path / "env")))
     ran = subprocess.run([python, "-c", TRY], cwd=tmp_path, env={"PATH": str(tmp_path / "env/bin"), "HOME": os.environ.get("HOME", "")}, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
+
+
+def test_a_checkout_beside_the_notebook_does_not_hide_the_package(tmp_path):
+    "Installed with `-e`, the package must be found also where a folder of its name lies: in the folder that holds the checkout."
+    (tmp_path / "rwkv_peft").mkdir()
+    said = subprocess.run([sys.executable, "-c", "import rwkv_peft; print(rwkv_peft.__file__)"], cwd=tmp_path, capture_output=True, text=True)
+    assert said.stdout.strip().endswith("__init__.py"), said

@@ -212,7 +212,7 @@ def folder_card(path: Path) -> Html:
     return _framed(path, "an adapter's folder", [facts_table(facts), table([[p.name, p.stat().st_size] for p in files], head=["file", "bytes"])])
 
 # %% ../../nbs/look/70_checkpoint.ipynb #e8fac7c8
-_FRAME = "color:inherit;background:transparent;border:1px solid color-mix(in srgb, currentColor 25%, transparent);border-radius:6px;padding:.6em .9em;max-width:60em;overflow-x:auto"
+_FRAME = "color:inherit;background:transparent;border:1px solid rgba(128,128,128,.4);border-radius:6px;padding:.6em .9em;max-width:60em;overflow-x:auto"
 
 def _framed(path: Path, what: str, parts: list) -> Html:
     return tag("div", tag("div", tag("b", tag("bdi", cut(path.name))), " · ", what, style="margin-bottom:.4em"), *parts, style=_FRAME, class_=AS_TEXT)

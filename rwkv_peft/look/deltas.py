@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['spectrum', 'effective_rank', 'rank_to', 'share_near_top', 'Change', 'Moved', 'measured', 'rank_of', 'in_slot',
-           'moved_in_model', 'moved_states', 'moved_in_files', 'moved_weights', 'contents_at', 'scale_by', 'Deltas',
-           'origin_of', 'contents_of', 'from_model', 'from_files', 'deltas', 'advice', 'change_map', 'energy_curves',
-           'by_kind', 'delta_card', 'History', 'delta_history', 'history_card']
+           'moved_in_model', 'moved_states', 'moved_in_files', 'moved_weights', 'contents_at', 'scale_by', 'foreign_at',
+           'at_checkpoint', 'Deltas', 'origin_of', 'contents_of', 'from_model', 'from_files', 'deltas', 'advice',
+           'change_map', 'energy_curves', 'by_kind', 'delta_card', 'History', 'delta_history', 'history_card']
 
 # %% ../../nbs/look/40_deltas.ipynb #037ef561
 from collections.abc import Callable, Iterator
@@ -27,21 +27,25 @@ from ..model.files import CheckpointError, read_tensors
 from ..model.quant import rounded
 from ..model.rwkv import RWKV
 from ..model.state import load_state
-from ..peft.adapters import AdapterError, Contents, load_adapter, packed_as, read_adapter
+from ..peft.adapters import AdapterError, Contents, attach, check_base_of, check_config, is_weight, load_adapter, packed_as, read_adapter, sort_tensors, trained_parameters
 from ..peft.inits import StartedAdapter, top_svd
 from ..peft.lora import LoRAAdapter, MethodError, fits_target, linears
 from ..peft.shards import MiSSAdapter
 from ..show.curve import curve
 from ..show.figure import picture
 from ..show.html import AS_TEXT, Html, table, tag
-from ..train.folder import checkpoints, holds_run, load_config
+from ..train.config import Config
+from ..train.folder import OwnRandomness, checkpoints, holds_run, load_config
 from ..train.optim import methods_of
 
 # %% ../../nbs/look/40_deltas.ipynb #5aa587f7
 @torch.no_grad()
 def spectrum(change: Tensor | tuple[Tensor, Tensor]) -> Tensor:
-    "Singular values, largest first, fp64 on the CPU, of ΔW (out, in), or of B A given as (A (r, in), B (out, r)), which is never built."
-    if isinstance(change, Tensor): return torch.linalg.svdvals(change.detach().to("cpu", torch.float64))
+    "Singular values, largest first, fp64 on the CPU, of ΔW (out, in), or of B A given as (A (r, in), B (out, r)), which is never built. Of a matrix with both sides from 512 on, those below some 1e-7 of the largest are rounding."
+    if isinstance(change, Tensor):
+        D = change.detach().to("cpu", torch.float64)
+        if min(D.shape) < 512: return torch.linalg.svdvals(D)
+        return torch.linalg.eigvalsh(D @ D.T if D.shape[0] < D.shape[1] else D.T @ D).clamp(min=0).sqrt().flip(0)
     A, B = (x.detach().to("cpu", torch.float64) for x in change)
     return torch.linalg.svdvals(torch.linalg.qr(B)[1] @ torch.linalg.qr(A.T)[1].T)
 
@@ -210,15 +214,16 @@ def moved_weights(found: Contents, tensors: dict[str, Tensor] | None, wanted: Ca
 
 # %% ../../nbs/look/40_deltas.ipynb #d63867be
 def contents_at(run: str | os.PathLike, step: int | None = None) -> Contents:
-    "The checkpoint of `step` (None: the newest) under a run's folder, as an adapter's contents. FileNotFoundError where there is none; AdapterError for a method that only Hugging Face's peft can compute."
+    "The checkpoint of `step` (None: the newest) under a run's folder, as an adapter's contents. FileNotFoundError where there is none."
     run, steps = Path(run), checkpoints(run)
     if not steps or step is not None and step not in steps: raise FileNotFoundError(f"{run}: there is no checkpoint{'' if step is None else f' of step {step}'}; there are {steps}")
     tensors, config, slots = read_tensors(run / "checkpoints" / f"step-{steps[-1] if step is None else step}" / "trained.safetensors"), load_config(run, {}), {}
+    about = {"scales": {}, "base": {"fingerprint": json.loads((run / "data" / "fingerprint.json").read_text())["base"]}}
+    if any(".adapter.layer." in name for name in tensors): return foreign_at(run, tensors, config, about)
     for name in [n for n in tensors if ".adapter." in n]: slots.setdefault(name.split(".adapter.")[0], {})[name.split(".adapter.")[1]] = tensors.pop(name)
-    if any("." in key for keys in slots.values() for key in keys): raise AdapterError(f"{run} trains a method of Hugging Face's peft, whose checkpoints only that library can compute: look at its adapter folder, or at the run's model")
     told = next((read_adapter(p) for p in (run / "adapter", config.adapter and Path(config.adapter)) if slots and p and Path(p).exists()), None)
     scale = lambda name: told.about.get("scales", {}).get(name) or told.scale(name) if told and name in told.adapters else scale_by(methods_of(config), name)
-    found, scales = Contents({}, {}, {}, {"peft_type": "LORA", "alpha_pattern": {}}, {"scales": {}, "base": {"fingerprint": json.loads((run / "data" / "fingerprint.json").read_text())["base"]}}), {n: scale(n) for n, t in slots.items() if "A" in t}
+    found, scales = Contents({}, {}, {}, {"peft_type": "LORA", "alpha_pattern": {}}, about), {n: scale(n) for n, t in slots.items() if "A" in t}
     for name, t in slots.items():
         started = "A0" in t
         if "D" in t: found.adapters[name] = {"bone" if t["D"].dim() == 3 else "miss_block": t["D"]}
@@ -234,6 +239,35 @@ def scale_by(methods: list, name: str) -> float:
     method = next(m for m in methods if hasattr(m, "scale"))
     if not hasattr(method, "scale_of"): return method.scale
     return method.scale_of(next((r for target, r in reversed((method.ranks or {}).items()) if fits_target(target, name)), method.r))
+
+# %% ../../nbs/look/40_deltas.ipynb #550c1590
+def foreign_at(run: Path, tensors: dict[str, Tensor], config: Config, about: dict) -> Contents:
+    "`contents_at` where `tensors` are a checkpoint of Hugging Face's layers: their LoRA, DoRA and MiSS sorted by matrix, as an adapter's folder is read; all other methods whole, as `foreign`, for `at_checkpoint`."
+    listed = config.peft if isinstance(config.peft, list) else [config.peft]
+    table = next((m for m in listed if isinstance(m, dict) and m.get("library") == "peft"), {})
+    kind, found = check_config(table, run) if table else "foreign", Contents({}, {}, {}, table, about)
+    if kind == "foreign": found.foreign = tensors
+    else:
+        found.states = {n: x for n, x in tensors.items() if n.endswith(".time_state")}
+        sort_tensors(found, {re.sub(r"\.adapter\.layer\.(\w+)\.default", r".\1", n): x for n, x in tensors.items() if n not in found.states}, kind, run)
+    return found
+
+# %% ../../nbs/look/40_deltas.ipynb #1603d241
+@torch.no_grad()
+def at_checkpoint(model: nn.Module, found: Contents, run: str | os.PathLike) -> nn.Module:
+    "Puts on the bare `model` what the run trains, and gives it the values of a checkpoint, `found.foreign`. AdapterError for another base, and where they don't fit."
+    run, config = Path(run), load_config(run, {})
+    check_base_of(found, model, run)
+    saved = next((p for p in (run / "adapter", config.adapter and Path(config.adapter)) if p and p.exists()), None)
+    with OwnRandomness(config.seed):
+        if saved: load_adapter(model, saved)      # with what doesn't train and yet is the adapter's, such as VeRA's two random matrices
+        else: attach(model, *methods_of(config), targets=config.targets)
+    here = dict(model.named_parameters())
+    odd = min({n for n, x in found.foreign.items() if n not in here or here[n].shape != x.shape} | (set(trained_parameters(model)) - set(found.foreign)), default=None)
+    if odd: raise AdapterError(f"a checkpoint of {run} and its settings don't hold the same parameters ({odd}); was a file of the run changed?")
+    for name, x in found.foreign.items(): here[name].copy_(x)
+    model.attached.weights = [n for n in here if n in found.foreign and is_weight(n)]
+    return model
 
 # %% ../../nbs/look/40_deltas.ipynb #22e85595
 @dataclass
@@ -302,7 +336,8 @@ def from_files(source: str | os.PathLike, base: Any, step: int | None, wanted: C
     if strange:
         where = base if isinstance(base, (str, os.PathLike)) else load_config(source, {}).model if holds_run(source) else found.about.get("base", {}).get("source")
         if tensors is None or not isinstance(where, (str, os.PathLike)): raise AdapterError(f"{source} holds {found.config.get('peft_type')}, which only Hugging Face's peft can compute over a whole model: give its file, deltas(folder, base='model.pth')")
-        return from_model(load_adapter(RWKV.load(where, device="cpu", dtype=torch.float32), folder), None, wanted)
+        model = RWKV.load(where, device="cpu", dtype=torch.float32)
+        return from_model(at_checkpoint(model, found, source) if folder is None else load_adapter(model, folder), None, wanted)
     if tensors is not None and (folder is not None or found.about): check_mergeable(found, tensors, folder or source, words)
     said = trained_over(found, folder) if folder is not None else load_config(source, {}).quant if holds_run(source) else None
     packing = packing_of({"kind": said} if isinstance(said, str) else said)

@@ -37,7 +37,7 @@ class Explanation:
     def _repr_html_(self) -> str: return str(error_card(self))
 
 # %% ../../nbs/look/65_errors.ipynb #bf2c83cd
-_FRAME = "color:inherit;background:transparent;border:1px solid color-mix(in srgb, currentColor 25%, transparent);border-left:4px solid #d0621b;border-radius:6px;padding:.6em .9em;max-width:60em;overflow-wrap:anywhere"
+_FRAME = "color:inherit;background:transparent;border:1px solid rgba(128,128,128,.4);border-left:4px solid #d0621b;border-radius:6px;padding:.6em .9em;max-width:60em;overflow-wrap:anywhere"
 
 def _cut(text: str, longest: int) -> str: return text if len(text) <= longest else f"{text[:longest]}… ({len(text):,} characters, cut here)"
 

@@ -4,18 +4,24 @@
 
 # %% auto #0
 __all__ = ['Progress', 'advance', 'progress_of', 'clock', 'numbers', 'headline', 'advice', 'card', 'plan_sentences', 'memory_bar',
-           'plan_card', 'series', 'means', 'judgement', 'judgement_table', 'events_file', 'report', 'write_report']
+           'plan_card', 'series', 'means', 'judgement', 'judgement_table', 'events_file', 'kept_row', 'row_shown',
+           'report', 'write_report']
 
 # %% ../../nbs/look/10_report.ipynb #7ea72236
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from pathlib import Path
-from typing import Iterable, Mapping
+from typing import Iterable, Mapping, Sequence
 import math
 import os
 from ..show.bars import stacked
+import torch
+from ..data.batches import name_of
+from ..data.masks import Example
+from ..data.records import load_encoded
+from ..data.rows import DataError
 from ..show.curve import curve, decimate
-from ..show.html import AS_TEXT, Html, page, table, tag
+from ..show.html import AS_TEXT, Html, in_words, page, table, tag
 from ..train.events import read_events, timeline
 from ..train.plan import as_rows, memory_sentence, size
 
@@ -144,7 +150,7 @@ def advice(p: Progress) -> str:
     return "■ stops after this step and saves"
 
 # %% ../../nbs/look/10_report.ipynb #e9b3f9e8
-_FRAME = "color:inherit;background:transparent;border:1px solid color-mix(in srgb, currentColor 25%, transparent);border-radius:6px;padding:.6em .9em;max-width:60em"
+_FRAME = "color:inherit;background:transparent;border:1px solid rgba(128,128,128,.4);border-radius:6px;padding:.6em .9em;max-width:60em"
 
 _MARK = {"starting": "…", "training": "▶", "paused": "⏸", "stopped": "■", "done": "✓", "error": "✗"}
 
@@ -188,7 +194,7 @@ def _rows(facts: Mapping, before: str = "") -> dict:
     return rows
 
 def _short(value) -> str:
-    text = value if isinstance(value, str) else repr(value)
+    text = in_words(value)
     return text if len(text) <= 120 else text[:119] + "…"
 
 def _fold(title: str, facts: Mapping) -> Html:
@@ -271,22 +277,47 @@ def events_file(folder: str | Path) -> Path:
     if not path.is_file(): raise FileNotFoundError(f"{path} is missing: give the folder of a run, such as runs/my-run")
     return path
 
+# %% ../../nbs/look/10_report.ipynb #b6f24a37
+def kept_row(folder: str | Path, p: Progress) -> tuple | None:
+    "(the row's name, step and `TokenLosses` of the first evaluation, the same of the best one, or of the last where none is better), from a run's folder. None where it keeps no such row, or only a tokenizer of one's own could read it."
+    from rwkv_peft.look.tokens import TokenLosses
+    path = Path(folder, "eval.jsonl")
+    kept = {line["step"]: line["row"] for line in read_events(path) if line.get("row")} if path.is_file() else {}
+    steps = [e["step"] for e in p.evals if e["step"] in kept]
+    if len(steps) < 2 or p.evals[0]["step"] != steps[0]: return None
+    try: data = load_encoded(Path(folder, "data", "held_out"))
+    except DataError: return None
+    best = _best(p)["step"]
+    def read(step):
+        nats, e = torch.tensor([float(x) for x in kept[step]["nats"]]), data[kept[step]["i"]]
+        return step, TokenLosses(Example(e.tokens[:len(nats) + 1], e.weights[:len(nats) + 1], e.row), data.tokenizer, nats)
+    return name_of(data, kept[steps[0]]["i"]), read(steps[0]), read(best if best in steps[1:] else steps[-1])
+
+# %% ../../nbs/look/10_report.ipynb #a26279e7
+def row_shown(folder: str | Path, p: Progress) -> Html:
+    "The row that a run looked at token by token, before and after (see `kept_row`), as a ribbon. Nothing where there is none."
+    from rwkv_peft.look.tokens import compare
+    found = kept_row(folder, p)
+    if found is None: return Html("")
+    name, (first, before), (last, after) = found
+    return tag("div", tag("h2", "One row, token by token"), tag("p", f"A held-out row of median length, before (step {first}) and after (step {last})."), compare(before, after, name=name, limit=400))
+
 # %% ../../nbs/look/10_report.ipynb #87ada322
-def report(source: str | Path | Iterable[Mapping]) -> Html:
-    "A self-contained HTML page about a run, from its folder or its events: card, what it learnt and what it forgot, what its curves show, curve and every evaluation."
+def report(source: str | Path | Iterable[Mapping], found: Sequence | None = None) -> Html:
+    "A self-contained HTML page about a run, from its folder or its events: card, what it learnt and what it forgot, what its curves show, curve and every evaluation; from a folder also one held-out row, token by token. found: what `look.runs.remarks` says of it, if that is known already."
     from rwkv_peft.look.runs import remarks
     events = read_events(events_file(source)) if isinstance(source, (str, Path)) else list(source)
     p = progress_of(events)
-    p = replace(p, remarks=tuple(remarks(events)), status="stopped" if p.status == "training" else p.status)
+    p = replace(p, remarks=tuple(remarks(events) if found is None else found), status="stopped" if p.status == "training" else p.status)
     general = lambda e: _number(e.get("general") or {}, "loss")
     tests = table([[e["step"], float(e["loss"]), "" if general(e) is None else general(e)] for e in p.evals], head=["step", "held-out loss", "general text"]) if p.evals else ""
-    return page(p.name, tag("div", tag("h1", p.name), card(p), judgement_table(p), tag("h2", "Loss"), curve(series(p), means=means(p)), tests))
+    return page(p.name, tag("div", tag("h1", p.name), card(p), judgement_table(p), tag("h2", "Loss"), curve(series(p), means=means(p)), tests, row_shown(source, p) if isinstance(source, (str, Path)) else ""))
 
 # %% ../../nbs/look/10_report.ipynb #f5e15431
-def write_report(folder: str | Path) -> Path:
-    "Write `report.html` into a run's folder, from the folder alone, and return its path."
+def write_report(folder: str | Path, found: Sequence | None = None) -> Path:
+    "Write `report.html` into a run's folder, from the folder alone, and return its path. found: see `report`."
     path = Path(folder) / "report.html"
-    html = report(folder)
+    html = report(folder, found)
     draft = path.with_name("report.html.tmp")
     draft.write_text(html, encoding="utf-8")
     os.replace(draft, path)

@@ -21,7 +21,7 @@ import re
 import numpy as np
 from .report import events_file, means, progress_of
 from ..show.curve import curve, describe
-from ..show.html import AS_TEXT, Html, table, tag
+from ..show.html import AS_TEXT, Html, in_words, table, tag
 from ..train.config import Config
 from ..train.events import read_events, timeline
 from ..train.folder import holds_run, load_rows
@@ -77,7 +77,7 @@ class Remark:
 
 # %% ../../nbs/look/60_runs.ipynb #2daae623
 def _brief(value: Any, longest: int = 160) -> str:
-    text = value if isinstance(value, str) else repr(value)
+    text = in_words(value)
     return text if len(text) <= longest else f"{text[:longest]}… ({len(text):,} characters)"
 
 def remark_list(found: Sequence[Remark]) -> Html:
@@ -231,7 +231,7 @@ def run_facts(folder: str | Path) -> dict:
     try: events = history(folder)
     except (ValueError, OSError) as error: return facts | {"status": f"can't be read: {error}"}
     p, start = progress_of(events), next((e for e in events if e.get("event") == "start"), {})
-    methods = (start.get("plan") or {}).get("methods") or [str(p.config.get("peft", "?"))]
+    methods = (start.get("plan") or {}).get("methods") or [in_words(p.config.get("peft", "?"))]
     held = [x for x in column(events, "eval", "loss")[1] if math.isfinite(x)]
     began = start.get("time")
     return facts | {"status": "unfinished" if p.status in ("training", "starting") else p.status, "method": " + ".join(map(str, methods)), "step": p.step, "loss": p.loss, "held out": min(held, default=None),
@@ -308,7 +308,7 @@ class RunDifference:
         return "\n".join([f"{self.names[0]} - {self.names[1]}", *told, *(f"! {note}" for note in self.notes)])
 
     def _repr_html_(self) -> str:
-        names, text = [tag("bdi", name) for name in self.names], lambda x: "unset" if x is None else x if isinstance(x, (int, float)) and not isinstance(x, bool) else tag("bdi", _brief(x))
+        names, text = [tag("bdi", name) for name in self.names], lambda x: x if isinstance(x, (int, float)) and not isinstance(x, bool) else tag("bdi", _brief(x))
         number = lambda x, beside, sign="": "" if x is None else f"{x:{sign}.4f}" if abs(beside or 0) < 100 else f"{x:{sign},.0f}"
         settings = table([[name, text(a), text(b)] for name, (a, b) in self.settings.items()], head=["setting", *names]) if self.settings else tag("div", "no setting differs")
         results = table([[name, number(a, a), number(b, b), number(d, a, "+")] for name, (a, b, d) in self.results.items()], head=["result", *names, "a − b"])

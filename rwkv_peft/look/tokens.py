@@ -25,7 +25,7 @@ from ..data.rows import DataError
 from ..data.views import pieces_of, sample_of, visible
 from ..model.state import State
 from ..show.html import AS_TEXT, Html, table, tag, token_ribbon
-from ..train.evaluate import document_losses, trained_weight
+from ..train.evaluate import document_losses, scored, trained_weight
 
 # %% ../../nbs/look/20_tokens.ipynb #2969f2df
 def spelled(ids: Sequence[int], tokenizer: Any, line: bool = True) -> str:
@@ -52,13 +52,13 @@ def roles_of(ids: Sequence[int], tokenizer: Any) -> list[str]:
 # %% ../../nbs/look/20_tokens.ipynb #2b233192
 @dataclass(eq=False)
 class TokenLosses:
-    "What a model made of a row of T+1 tokens, of which it predicted T; all on the CPU. `nats[t]` and its fellows are about `ids[t + 1]`."
+    "What a model made of a row of T+1 tokens, of which it predicted T; all on the CPU. `nats[t]` and its fellows are about `ids[t + 1]`; all but `nats` are None where only the losses were kept."
     example: Example
     tokenizer: Any
-    nats: Tensor         # (T,) float: the loss of each token, -ln p
-    ranks: Tensor        # (T,) int64: 1 + how many tokens were likelier
-    top_ids: Tensor      # (T, 3) int64: the likeliest tokens
-    top_p: Tensor        # (T, 3) float: their probabilities
+    nats: Tensor                     # (T,) float: the loss of each token, -ln p
+    ranks: Tensor | None = None      # (T,) int64: 1 + how many tokens were likelier
+    top_ids: Tensor | None = None    # (T, 3) int64: the likeliest tokens
+    top_p: Tensor | None = None      # (T, 3) float: their probabilities
 
     ids = cached_property(lambda self: self.example.tokens.tolist())                               # the T+1 tokens
     pieces = property(lambda self: [spelled([i], self.tokenizer) for i in self.ids], doc="The T+1 tokens as text, one by one.")
@@ -106,16 +106,10 @@ def read_losses(model: Any, row: Any, state: State | None = None, chunk: int = 2
     """What `model` makes of `row` (an `Example`, a text, or the ids of a document) in evaluation mode, read after `state`; None: from where its documents start, a tuned memory included.
 
     chunk: tokens whose scores exist at a time. DataError for an id that the model doesn't have."""
-    example, V, training, device = example_of(row, model.tokenizer), model.config.vocab_size, model.training, next(model.parameters()).device
+    example, V = example_of(row, model.tokenizer), model.config.vocab_size
     wrong = example.tokens[(example.tokens < 0) | (example.tokens >= V)]
     if len(wrong): raise DataError(f"the row holds the id {int(wrong[0])}, but the model has the ids 0 to {V - 1}; encode it with model.tokenizer")
-    found, tokens = [], example.tokens.to(device)
-    model.eval()
-    try:
-        for a in range(0, example.length, chunk):
-            logits, state = model(tokens[None, a:min(a + chunk, example.length)], state)
-            found.append(judged(logits[0], tokens[a + 1:a + chunk + 1]))
-    finally: model.train(training)
+    found = [judged(*pair) for pair in scored(model, example.tokens, state, chunk)]
     nothing = torch.zeros(0), torch.zeros(0, dtype=torch.int64), torch.zeros(0, 3, dtype=torch.int64), torch.zeros(0, 3)
     return TokenLosses(example, model.tokenizer, *(map(torch.cat, zip(*found)) if found else nothing))
 
@@ -137,13 +131,16 @@ def _trained(found: TokenLosses, nats: Tensor, n: int = 8) -> list[int]:
 
 def _fold(title: str, rows: Sequence[Sequence], head: Sequence[str]) -> Html: return tag("details", tag("summary", title), table(rows, head)) if rows else Html("")
 def _percent(p: float) -> str: return f"{100 * p:.3g} %"
-def _odds(nats: float, rank: int) -> str: return f"{nats:.2f} nats, p {_percent(math.exp(-nats))}, rank {rank:,}" if math.isfinite(nats) else f"{nats} nats: the model is broken here"
-def _rather(found: TokenLosses, t: int) -> str: return ", ".join(f"‘{piece}’ {_percent(p)}" for piece, p in found.top(t))
+def _rank(found: TokenLosses, t: int) -> int | str: return "" if found.ranks is None else int(found.ranks[t])
+def _odds(found: TokenLosses, t: int) -> str:
+    nats, rank = float(found.nats[t]), _rank(found, t)
+    return f"{nats:.2f} nats, p {_percent(math.exp(-nats))}{rank and f', rank {rank:,}'}" if math.isfinite(nats) else f"{nats} nats: the model is broken here"
+def _rather(found: TokenLosses, t: int, title: str = "") -> str: return title + ", ".join(f"‘{piece}’ {_percent(p)}" for piece, p in found.top(t)) if found.top_ids is not None else ""
 
 def _lines(found: TokenLosses, t: int, *told: str) -> str:
     weight, role = float(found.weights[t]), found.roles[t + 1]
     trained = f"trained, weight {weight:g}" if weight > 0 else "not trained"
-    return "\n".join([f"‘{spelled([found.ids[t + 1]], found.tokenizer)}’ id {found.ids[t + 1]} · {trained}" + (f" · {role}" if role else ""), *told])
+    return "\n".join([f"‘{spelled([found.ids[t + 1]], found.tokenizer)}’ id {found.ids[t + 1]} · {trained}" + (f" · {role}" if role else ""), *filter(None, told)])
 
 # %% ../../nbs/look/20_tokens.ipynb #2ffb9aa1
 def ribbon_of(found: TokenLosses, nats: Tensor, title: Any, legend: str, full: float, limit: int = 1000, start: int | None = None) -> Html:
@@ -165,12 +162,12 @@ def ribbon_of(found: TokenLosses, nats: Tensor, title: Any, legend: str, full: f
 # %% ../../nbs/look/20_tokens.ipynb #432ff19f
 def loss_ribbon(found: TokenLosses, name: str = "row", full: float = 6.0, limit: int = 1000, start: int | None = None) -> Html:
     "`found` as a ribbon: colour by loss, full at `full` nats; trained tokens underlined, the others faded; hover for the rest. Below it, folded, the hardest trained tokens. limit, start: see `ribbon_of`."
-    lines = lambda t: _lines(found, t, _odds(float(found.nats[t]), int(found.ranks[t])), f"likeliest: {_rather(found, t)}")
+    lines = lambda t: _lines(found, t, _odds(found, t), _rather(found, t, "likeliest: "))
     mean = f" at {found.loss:.3f} nats each" if found.example.trained else ""
     legend = f"{visible(name)} · underlined is trained: {found.example.trained:,} of {len(found.nats):,} tokens{mean}; the rest is faded · the colour is full at {full:g} nats (p {_percent(math.exp(-full))})"
     drawn = ribbon_of(found, found.nats.clamp(min=1e-6), lines, legend, full, limit, start)
     hard = _trained(found, found.nats)
-    rows = [[t + 1, tag("bdi", f"‘{spelled([found.ids[t + 1]], found.tokenizer)}’"), float(found.nats[t]), int(found.ranks[t]), tag("bdi", _rather(found, t))] for t in hard]
+    rows = [[t + 1, tag("bdi", f"‘{spelled([found.ids[t + 1]], found.tokenizer)}’"), float(found.nats[t]), _rank(found, t), tag("bdi", _rather(found, t))] for t in hard]
     return tag("div", drawn, _fold(f"the {len(hard)} hardest trained tokens", rows, ["place", "token", "nats", "rank", "likeliest"]), class_=AS_TEXT)
 
 # %% ../../nbs/look/20_tokens.ipynb #44d26090
@@ -191,7 +188,7 @@ def compare(base: Any, tuned: Any, row: Any = None, state: State | None = None, 
     b = _both(tuned, a.example if row is None else row, state)
     if a.ids != b.ids: raise DataError(f"the two readings are of different tokens ({len(a.ids):,} and {len(b.ids):,}); read the same row with both models, which need the same tokenizer")
     gain = a.nats - b.nats
-    lines = lambda t: _lines(a, t, f"before: {_odds(float(a.nats[t]), int(a.ranks[t]))}", f"after: {_odds(float(b.nats[t]), int(b.ranks[t]))}", f"likeliest before: {_rather(a, t)}", f"likeliest after: {_rather(b, t)}")
+    lines = lambda t: _lines(a, t, f"before: {_odds(a, t)}", f"after: {_odds(b, t)}", _rather(a, t, "likeliest before: "), _rather(b, t, "likeliest after: "))
     legend = f"{visible(name)} · blue: easier now; orange and dashed: harder; underlined is trained, the rest is faded · the colour is full at a change of {full:g} nats"
     drawn = ribbon_of(a, gain, lines, legend, full, limit, start)
     told = tag("p", _sums(a.nats, b.nats, a.weights, "trained"), " ", _sums(a.nats, b.nats, (a.weights <= 0).float(), "not trained"), style="margin:.3em 0")

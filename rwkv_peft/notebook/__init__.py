@@ -1,5 +1,5 @@
 from rwkv_peft import lazy
 
-_public = {"load_ipython_extension": "magic", "environment": "env", "front_end": "env",
+_public = {"load_ipython_extension": "magic", "attach": "attach", "environment": "env", "front_end": "env",
            "Panel": "panel", "SamplerLab": "sampler_lab", "StateLab": "state_lab"}
 __getattr__, __dir__ = lazy(__name__, _public)

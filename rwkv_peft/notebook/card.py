@@ -11,7 +11,7 @@ from typing import Any, Callable, Mapping
 import sys
 import time
 from ..look.report import Progress, advance, advice, card, headline, means, series
-from ..show.curve import curve, curve_png, describe
+from ..show.curve import curve_png, curve_svg, describe
 from ..show.html import Picture
 
 # %% ../../nbs/notebook/10_card.ipynb #3a331d95
@@ -35,7 +35,7 @@ def curve_bundle(p: Progress, final: bool = False) -> dict:
     lines = series(p)
     if not lines: return {"text/html": "", "text/plain": ""}
     words, smooth = describe(lines), means(p)
-    return {"text/html": str(Picture(curve_png(lines, means=smooth), words).html if final else curve(lines, means=smooth)), "text/plain": words}
+    return {"text/html": str(Picture(curve_png(lines, means=smooth), words).html if final else curve_svg(lines, means=smooth)), "text/plain": words}
 
 # %% ../../nbs/notebook/10_card.ipynb #066e216d
 def ended(p: Progress, error: BaseException | None = None, blind: BaseException | None = None) -> Progress:

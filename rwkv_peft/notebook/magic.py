@@ -222,8 +222,9 @@ class WithReport:
     def end(self, error: BaseException | None = None, blind: BaseException | None = None):
         try:
             if self.folder:
-                write_report(self.folder)
-                self.view.progress = replace(self.view.progress, remarks=tuple(remarks(self.folder)))
+                found = tuple(remarks(self.folder))
+                self.view.progress = replace(self.view.progress, remarks=found)
+                write_report(self.folder, found)
         except Exception as e: self.view.progress = replace(self.view.progress, notes=(*self.view.progress.notes, f"report.html was not written: {e}"))
         self.view.end(error, blind)
 

@@ -6,8 +6,8 @@
 __all__ = ['FILES', 'GOING', 'OVER', 'FIRST', 'Place', 'PanelCard', 'hushed', 'Panel', 'fill', 'look_over', 'readable', 'sound',
            'work', 'wait_for', 'offers', 'key_of', 'mark_of', 'show_rows', 'run_of', 'show_plan_of', 'begin', 'free',
            'set_off', 'alive_run', 'go_on', 'set_buttons', 'folder_of_run', 'show_run', 'show_runs', 'show_difference',
-           'write_out', 'answer', 'pressed', 'parts_of', 'box_of', 'find', 'take_preset', 'read_back', 'show_panel',
-           'close', 'open_panel']
+           'write_out', 'answer', 'pressed', 'parts_of', 'box_of', 'find', 'take_preset', 'read_in', 'read_back',
+           'show_panel', 'close', 'open_panel']
 
 # %% ../../nbs/notebook/36_panel.ipynb #96a5ac78
 from collections import ChainMap
@@ -26,14 +26,14 @@ from ..look.runs import curves, difference, remark_list, remarks, runs_table
 from .card import LiveCard, Throttle, card_bundle
 from .chat import Conversation, conversation_table, form_of, models_of
 from .magic import alive, complaints, launch, refuse_second, restorer, usage_error
-from .panel_form import PRESETS, Field, cell_of, complaints_of, field_text, looked_up, python_of, read_cell
+from .panel_form import PRESETS, Field, cell_of, complaints_of, field_text, form_table, looked_up, python_of, read_cell
 from .attach import run_folder, run_names
 from .results import write_result
 from ..model.checkpoint import bundled, config_of, read
 from ..model.sample import Sampler
 from ..model.tokenizer import tokenizer_for
 from ..show.html import AS_TEXT, Html, tag
-from ..train.config import Config, ConfigError, settings_table
+from ..train.config import Config, ConfigError
 from ..train.events import read_events
 from ..train.loop import Run, finetune, prepare, read_rows_of
 from ..train.plan import as_rows
@@ -103,7 +103,7 @@ class Panel:
     def __init__(self, names: Mapping | None = None, **settings):
         self.given: dict[str, Any] = {}
         self.names = ChainMap(self.given, names if names is not None else {})
-        self.fields = {row["name"]: Field(row, self.names, self.changed) for row in settings_table()}
+        self.fields = {row["name"]: Field(row, self.names, self.changed) for row in form_table()}
         self.sheet, self.record, self.card, self.curve = Place(), Place(), Place(), Place()
         self.view = PanelCard(self.card, self.curve, self.heard)
         self.run = self.planned = self.rows = self.talk = self.task = None      # planned: (settings, run); rows: (settings, data); talk: (models, conversation)
@@ -119,7 +119,7 @@ class Panel:
     def as_cell(self) -> str: return cell_of(self.fields)
     def as_python(self) -> str: return python_of(self.as_cell())
     @classmethod
-    def from_cell(cls, text: str, names: Mapping | None = None): return cls(names, **read_cell(text, names or {}))
+    def from_cell(cls, text: str, names: Mapping | None = None): return read_in(text, names or {}, lambda values: cls(names, **values))
 
     def preview(self, i: int = 0): work(self, "the rows", lambda: show_rows(self, i))
     def plan(self): work(self, "the plan", lambda: show_plan_of(self))
@@ -477,10 +477,16 @@ def take_preset(panel: Panel):
     panel.tell("a starting point, and no more than that; the plan says whether your rows fit")
 
 # %% ../../nbs/notebook/36_panel.ipynb #6b9f0e90
+def read_in(text: str, names: Mapping, fill_in: Callable[[dict], Panel]) -> Panel:
+    "The panel that `fill_in` makes of a cell's values; what there is to say about the flags of a script stands in its sheet."
+    notes: list[str] = []
+    panel = fill_in(read_cell(text, names, notes.append))
+    if notes: panel.put(tag("div", tag("b", "read from an RWKV-PEFT script"), tag("ul", *(tag("li", said) for said in notes)), class_=AS_TEXT), "\n".join(f"note: {said}" for said in notes))
+    return panel
+
 def read_back(panel: Panel):
     "Fills in the form from the text of the cell; what the cell doesn't say goes back to its default."
-    values = read_cell(panel.parts["cell"].value, panel.names)
-    panel.set(**{name: values.get(name) for name in panel.fields})
+    read_in(panel.parts["cell"].value, panel.names, lambda values: panel.set(**{name: values.get(name) for name in panel.fields}) or panel)
 
 # %% ../../nbs/notebook/36_panel.ipynb #4c0f48f2
 def show_panel(panel: Panel):
@@ -502,10 +508,10 @@ def close(panel: Panel):
 
 # %% ../../nbs/notebook/36_panel.ipynb #23fae953
 def open_panel(shell: Any, line: str = "", cell: str = ""):
-    "`%rwkv_panel [NAME]`, or `%%rwkv_panel` with the lines of a `%%rwkv_finetune` cell: shows a panel, and binds it to the variable `panel`; an earlier one there is closed."
+    "`%rwkv_panel [NAME]`, or `%%rwkv_panel` with the body of a `%%rwkv_finetune` cell: shows a panel, and binds it to the variable `panel`; an earlier one there is closed."
     names = shell.user_ns
     if not isinstance(names.get("panel", None), (Panel, type(None))): raise usage_error(f"the variable panel holds a {type(names['panel']).__name__} already, and the panel would replace it; rename that first")
-    with complaints([]): panel = Panel(names, **read_cell(f"%%rwkv_panel {line}\n{cell}", names))
+    with complaints([]): panel = Panel.from_cell(f"%%rwkv_panel {line}\n{cell}", names)
     if names.get("panel") is not None: names["panel"].close()
     names["panel"] = panel
     panel.show()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'kind_of_field', 'looked_up', 'read_field', 'is_finite', 'as_toml', 'field_text', 'by_name', 'is_literal',
-           'widget_of', 'beside', 'Field', 'complaints_of', 'cell_of', 'python_of', 'read_cell']
+           'form_table', 'widget_of', 'beside', 'Field', 'complaints_of', 'cell_of', 'python_of', 'read_cell']
 
 # %% ../../nbs/notebook/30_panel_form.ipynb #ecdebeb0
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ import json
 import math
 import re
 import shlex
-from .magic import Options, as_code, parse_body, read_line, usage_error
+from .magic import Options, Setting, as_code, read_body, read_line, usage_error
 from ..show.html import Html, tag
 from ..train.config import Config, ConfigError, literal, settings_table
 
@@ -80,6 +80,12 @@ def is_literal(value: Any) -> bool:
     if isinstance(value, dict): return all(isinstance(k, str) and is_literal(v) for k, v in value.items())
     return isinstance(value, (str, bool, int, float))
 
+# %% ../../nbs/notebook/30_panel_form.ipynb #e7c3d24f
+def form_table() -> list[dict]:
+    "The rows of `settings_table` as a form needs them: `peft`, of which `Config` asks whether it was said at all, is unset until somebody says it."
+    told = lambda row: {"default": None, "unset": "(by train_type)", "description": f"{row['description']}; unset: {row['default']}, or with train_type = state the state alone"}
+    return [row | told(row) if row["name"] == "peft" else row for row in settings_table()]
+
 # %% ../../nbs/notebook/30_panel_form.ipynb #d88206fe
 def widget_of(row: Mapping) -> Any:
     "The ipywidgets widget for a row of `settings_table`, holding its default."
@@ -90,7 +96,7 @@ def widget_of(row: Mapping) -> Any:
     if kind == "check": return w.Checkbox(value=default, **same)
     if kind in ("int", "float"): return {"int": w.IntText, "float": w.FloatText}[kind](value=default, **same)
     text = field_text(row, default, {})
-    if kind == "choice" or row["expects"] == "a value": return w.Combobox(value=text, options=[str(word) for word in row["allowed"]], placeholder="unset", ensure_option=False, continuous_update=False, **same)
+    if kind == "choice" or row["expects"] == "a value": return w.Combobox(value=text, options=[str(word) for word in row["allowed"]], placeholder=row.get("unset", "unset"), ensure_option=False, continuous_update=False, **same)
     return w.Text(value=text, placeholder="unset", continuous_update=False, **same)
 
 def _WIDE():
@@ -157,17 +163,21 @@ def _on_a_line(name: str) -> bool:
 # %% ../../nbs/notebook/30_panel_form.ipynb #2f403a37
 def python_of(cell: str) -> str:
     "The Python that a `%%rwkv_finetune` cell stands for."
-    options, settings = _parts(cell)
+    options, settings, _ = _parts(cell)
     return as_code(options, settings)
 
-def _parts(cell: str) -> tuple[Options, list]:
+def _parts(cell: str) -> tuple[Options, list[Setting], list[str]]:
     first, _, body = cell.partition("\n") if cell.lstrip().startswith("%") else ("", "", cell)
-    return read_line(re.sub(r"^\s*%%?rwkv_\w+", "", first)), parse_body(body, [row["name"] for row in settings_table()])
+    options = read_line(re.sub(r"^\s*%%?rwkv_\w+", "", first))
+    return options, *read_body(body, [row["name"] for row in settings_table()], options.name)
 
 # %% ../../nbs/notebook/30_panel_form.ipynb #e0439f37
-def read_cell(cell: str, names: Mapping) -> dict[str, Any]:
-    "name -> value of a `%%rwkv_finetune` cell whose values are literals, or names in `names`. UsageError for any other expression: nothing is evaluated."
-    options, settings = _parts(cell)
+def read_cell(cell: str, names: Mapping, note: Callable[[str], None] = lambda said: None) -> dict[str, Any]:
+    """name -> value of a `%%rwkv_finetune` cell whose values are literals, or names in `names`; or whose body is the flags of an RWKV-PEFT script, and `note` gets each sentence about those.
+
+    UsageError for any other expression: nothing is evaluated."""
+    options, settings, notes = _parts(cell)
+    for said in notes: note(said)
     def one(s):
         if isinstance(s.tree, ast.Name) and s.source in names: return names[s.source]
         try: value = ast.literal_eval(s.tree)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Attached', 'trained_parameters', 'is_weight', 'is_foreign', 'attach', 'detach', 'unpack', 'packed_as', 'merge',
            'hf_form', 'hf_adapter', 'short_names', 'hf_config', 'whole_modules', 'AdapterError', 'replace_folder',
-           'adapter_files', 'save_adapter', 'Contents', 'check_config', 'read_adapter', 'check_base_of', 'check_fit',
-           'methods_of', 'put_on', 'load_adapter']
+           'adapter_files', 'save_adapter', 'Contents', 'check_config', 'sort_tensors', 'read_adapter', 'check_base_of',
+           'check_fit', 'methods_of', 'put_on', 'load_adapter']
 
 # %% ../../nbs/peft/80_adapters.ipynb #399128b8
 from collections import Counter
@@ -411,6 +411,18 @@ def _by_matrix(tensors: dict[str, Tensor], pattern: re.Pattern, folder: Path) ->
         out.setdefault(found[1], {})[found[2]] = x
     return out
 
+# %% ../../nbs/peft/80_adapters.ipynb #bd618618
+def sort_tensors(found: Contents, tensors: dict[str, Tensor], kind: str | None, where: Path) -> None:
+    "Gives `found` the `tensors` of a Hugging Face file of this `kind` (see `check_config`), by matrix; whole trained tensors go to its weights. AdapterError for a matrix that lacks one, or has those of another kind."
+    bare = {n.removeprefix("base_model.model."): x for n, x in tensors.items()}
+    adapters = _by_matrix({n: x for n, x in bare.items() if _PART.fullmatch(n)}, _PART, where)
+    for name, t in adapters.items():
+        if "bone_block" in t: t["miss_block"] = t.pop("bone_block")
+        if sorted(t) not in _WHOLE or (found.config.get("use_dora") and len(t) < 3): raise AdapterError(f"{where} has only {' and '.join(sorted(t))} for {name}: the adapter is not complete")
+        if ("miss_block" in t) != (kind == "MISS"): raise AdapterError(f"{where} is of type {found.config.get('peft_type')!r} by its configuration, and has {' and '.join(sorted(t))} for {name}: write the adapter again")
+    found.adapters |= adapters
+    found.weights |= {n: x for n, x in bare.items() if not _PART.fullmatch(n)}
+
 # %% ../../nbs/peft/80_adapters.ipynb #999e6924
 def read_adapter(folder: str | os.PathLike) -> Contents:
     "What an adapter folder holds, ours or Hugging Face's. AdapterError says in one sentence what is wrong with it."
@@ -427,17 +439,9 @@ def read_adapter(folder: str | os.PathLike) -> Contents:
         states = load_state(folder / _FILES[3]) if has[_FILES[3]] else {}
     except CheckpointError as e: raise AdapterError(str(e)) from None
     found = Contents({}, weights, states, config, about, _by_matrix(own, _OWN, folder))
-    if kind == "foreign": found.foreign = tensors
-    else:
-        bare = {n.removeprefix("base_model.model."): x for n, x in tensors.items()}
-        found.adapters = _by_matrix({n: x for n, x in bare.items() if _PART.fullmatch(n)}, _PART, folder)
-        found.weights = weights | {n: x for n, x in bare.items() if not _PART.fullmatch(n)}
     for name in [n for n, state in found.exact.items() if sorted(state) == ["D"]]: found.adapters[name] = {"bone": found.exact.pop(name)["D"]}
-    for name, t in found.adapters.items():
-        if "bone" in t: continue
-        if "bone_block" in t: t["miss_block"] = t.pop("bone_block")
-        if sorted(t) not in _WHOLE or (config.get("use_dora") and len(t) < 3): raise AdapterError(f"{folder} has only {' and '.join(sorted(t))} for {name}: the adapter is not complete")
-        if ("miss_block" in t) != (kind == "MISS"): raise AdapterError(f"{folder} is of type {config.get('peft_type')!r} by its configuration, and has {' and '.join(sorted(t))} for {name}: write the adapter again")
+    if kind == "foreign": found.foreign = tensors
+    else: sort_tensors(found, tensors, kind, folder)
     return found
 
 # %% ../../nbs/peft/80_adapters.ipynb #26a9e043

@@ -101,7 +101,7 @@ def build(model: nn.Module, config, targets: str | list[str] | None = None) -> t
     if packed: raise MethodError(f"{name}: {packed} is packed, and Hugging Face's layers read floats; load the model without quant, or use a method of ours")
     if targets is not None and getattr(config, "target_modules", None): raise MethodError(f"{name} names its target_modules itself: leave targets out")
     config, shapes = copy.deepcopy(config), set()
-    config.task_type, config.modules_to_save, config.inference_mode = None, None, False
+    config.task_type, config.modules_to_save, config.inference_mode, config.base_model_name_or_path = None, None, False, None
     if getattr(config, "target_modules", None) is None: config.target_modules = list(find_linears(model, targets))
     if getattr(config, "feedforward_modules", ()) is None: config.feedforward_modules = []
     try:

@@ -8,7 +8,7 @@ __all__ = ['FAR', 'stacked']
 # %% ../../nbs/show/25_bars.ipynb #1278bff5
 from typing import Callable, Mapping
 from .curve import COLOURS
-from .html import AS_TEXT, Html, tag
+from .html import AS_TEXT, Html, drawing, tag
 
 # %% ../../nbs/show/25_bars.ipynb #da9dad49
 FAR = 2.0      # a limit beyond so many times the sum isn't drawn
@@ -32,12 +32,12 @@ def _mark(at: float, width: int, words: str) -> list[Html]:
 
 # %% ../../nbs/show/25_bars.ipynb #7acb840f
 def stacked(parts: Mapping[str, float], limit: float | None = None, text: Callable[[float], str] = "{:,.4g}".format, limit_name: str = "limit", width: int = 640) -> Html:
-    "Inline SVG of `parts` {name: amount, zero or more} end to end on a common scale, a legend with each amount as `text` says it, and a dashed line at `limit` if it's within twice the sum."
+    "A drawing of `parts` {name: amount, zero or more} end to end on a common scale, a legend with each amount as `text` says it, and a dashed line at `limit` if it's within twice the sum."
     scale = _scale(parts, limit)
     drawn = _pieces(parts, (width - 2) / scale if scale else 0, text)
     if limit and limit <= scale: drawn += _mark(limit * (width - 2) / scale, width, f"{limit_name}: {text(limit)}")
     words = ", ".join(f"{name} {text(amount)}" for name, amount in parts.items()) + f"; in all {text(sum(parts.values()))}" + (f"; {limit_name} {text(limit)}" if limit else "")
     chip = lambda i: tag("span", style=f"display:inline-block;width:.8em;height:.8em;margin-right:.4em;background:{COLOURS[i % len(COLOURS)]}")
     legend = [tag("span", chip(i), f"{name} {text(amount)}", style="margin-right:1.4em;white-space:nowrap") for i, (name, amount) in enumerate(parts.items())]
-    picture = tag("svg", tag("title", words), *drawn, role="img", aria_label=words, viewBox=f"0 0 {width} 44", width=width, height=44, style="max-width:100%;height:auto;color:inherit;font-family:sans-serif")
-    return tag("div", picture, tag("div", *legend, style="font-size:.9em;line-height:1.6"), class_=AS_TEXT)
+    picture = tag("svg", tag("title", words), *drawn, role="img", aria_label=words, viewBox=f"0 0 {width} 44", width=width, height=44, style="font-family:sans-serif")
+    return tag("div", drawing(picture, words), tag("div", *legend, style="font-size:.9em;line-height:1.6"), class_=AS_TEXT)

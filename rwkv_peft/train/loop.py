@@ -30,7 +30,7 @@ from ..peft.lora import linears
 from ..peft.inits import EVA, StartedAdapter
 from ..peft.lisa import refit, refuse_with_zero
 from .config import Config, ConfigError, recorded
-from .evaluate import change_of, document_losses, evaluate, keep_losses, mean_loss, read_general, save_general, trained_bytes
+from .evaluate import LONGEST, change_of, document_losses, evaluate, keep_losses, mean_loss, read_general, row_to_show, save_general, token_losses, trained_bytes
 from .events import EventLog, event, read_events, timeline
 from .folder import OwnRandomness, checkpoints, folder_of, holds_run, load_checkpoint, load_config, load_rows, prune, save_changes, save_checkpoint, save_config, save_rows, sweep
 from .infctx import infctx
@@ -240,8 +240,9 @@ def examine(run: Run) -> list[dict]:
     with whole(run.engine, run.model.parameters() if run.config.sample_prompts else ()): return said + [speak(run, prompt) for prompt in run.config.sample_prompts]
 
 def _since_first(run: Run, nats: list[float]) -> dict | None:
+    row = None if run.shown is None else {"i": run.shown, "nats": token_losses(run.model, run.held_out[run.shown].tokens[:LONGEST + 1])}      # read on every rank: weights may be spread over them
     if run.rank: return None
-    first = keep_losses(run.folder, run.step, nats)
+    first = keep_losses(run.folder, run.step, nats, row)
     return change_of(first, nats, run.held_out, run.held_out_bytes) if run.step else None
 
 # %% ../../nbs/train/70_loop.ipynb #f06dc401
@@ -390,6 +391,7 @@ def prepare(run: Run):
     if config.backend != "auto": model.backend = config.backend
     infctx(model, config.chunk_ctx, config.bptt)
     run.held_out_bytes = [trained_bytes([e], run.tokenizer) for e in run.held_out or ()]
+    run.shown = row_to_show(run.held_out or ())
     run.model, run.scale = model.train(), LossScale(next(model.parameters()).dtype)
     run.settled, run.prepared = settle(config, len(run.loader), default_lr(run.methods)), True
 

@@ -334,8 +334,9 @@ def memory_sentence(plan: dict) -> str:
 
 # %% ../../nbs/train/65_plan.ipynb #4754b03d
 def as_rows(plan: dict) -> dict:
-    "A plan of a run with its memory as further rows, for a table."
-    return {k: v for k, v in plan.items() if k != "memory"} | (readable(plan["memory"]) if plan.get("memory") else {})
+    "A plan of a run with its memory as further rows, for a table; what isn't settled yet is left out."
+    told = {k: " + ".join(v) if k == "methods" else v for k, v in plan.items() if k != "memory" and v is not None}
+    return told | (readable(plan["memory"]) if plan.get("memory") else {})
 
 # %% ../../nbs/train/65_plan.ipynb #94d20b39
 def memory_of(run) -> dict:
