@@ -19,7 +19,7 @@ from rwkv_peft.export.formats import import_
 from rwkv_peft.model.checkpoint import load, read, save
 from rwkv_peft.model.sample import Sampler
 from rwkv_peft.notebook.chat import Conversation, conversation_table, form_of
-from rwkv_peft.notebook.panel import Panel, hushed, offers, open_panel, run_of
+from rwkv_peft.notebook.panel import Panel, close, hushed, offers, open_panel, run_of
 from rwkv_peft.notebook.panel_form import PRESETS, Field, as_toml, cell_of, complaints_of, field_text, kind_of_field, literal, python_of, read_cell, read_field
 from rwkv_peft.notebook.results import write_result
 from rwkv_peft.peft.adapters import merge
@@ -572,4 +572,4 @@ def test_the_filter_makes_no_widgets_and_a_new_panel_closes_the_old_one(here, sh
     assert widgets() == held and panel.box.comm is None and shell.user_ns["panel"].box.comm is not None
     panel.set(r=3)                                                                  # the old one is held by somebody: it does nothing, and doesn't fail
     panel.heard()
-    shell.user_ns["panel"].close()
+    close(shell.user_ns["panel"])

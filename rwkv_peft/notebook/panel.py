@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FILES', 'GOING', 'OVER', 'FIRST', 'Place', 'PanelCard', 'hushed', 'Panel', 'fill', 'look_over', 'readable', 'sound',
-           'work', 'wait_for', 'offers', 'key_of', 'mark_of', 'show_rows', 'run_of', 'show_plan_of', 'begin', 'free',
-           'set_off', 'alive_run', 'go_on', 'set_buttons', 'folder_of_run', 'show_run', 'show_runs', 'show_difference',
+           'work', 'wait_for', 'offers', 'key_of', 'show_rows', 'run_of', 'show_plan_of', 'begin', 'free', 'set_off',
+           'alive_run', 'go_on', 'set_buttons', 'folder_of_run', 'show_run', 'show_runs', 'show_difference',
            'write_out', 'answer', 'pressed', 'parts_of', 'box_of', 'find', 'take_preset', 'read_in', 'read_back',
            'show_panel', 'close', 'open_panel']
 
@@ -133,12 +133,10 @@ class Panel:
     def compare(self, a: str, b: str): work(self, "the comparison", lambda: show_difference(self, a, b))
     def look(self, folder: str): work(self, "the run", lambda: show_run(self, folder))
     def wait(self): wait_for(self)
-
     def put(self, html: Html, text: str = ""): self.sheet.update({"text/html": str(html), "text/plain": text})
     def fail(self, error: BaseException): self.put(error_card(explain(error, readable(self))), f"{type(error).__name__}: {error}")
     def tell(self, sentence: str = ""): self.parts["message"].value = str(tag("span", sentence, style="opacity:.8"))
     def heard(self): set_buttons(self)
-    def close(self): close(self)
     def show(self): show_panel(self)
     def _ipython_display_(self): self.show()
 
@@ -231,9 +229,9 @@ FILES = ("model", "data", "eval_data", "forget_data", "adapter", "state")      #
 
 def key_of(panel: Panel) -> tuple:
     "What the form says, and a mark of what it names: equal as long as nothing was changed, in the form, in the files, or in lists of rows."
-    return tuple((name, str(field.text), mark_of(field)) for name, field in panel.fields.items())
+    return tuple((name, str(field.text), _mark_of(field)) for name, field in panel.fields.items())
 
-def mark_of(field: Field) -> tuple:
+def _mark_of(field: Field) -> tuple:
     "Sizes and times of the files that a field names, or a digest of its list or table of rows; of other objects identity and length."
     value = field.value()
     if not looked_up(field.row, field.text, field.names): return tuple((str(file), (s := file.stat()).st_size, s.st_mtime_ns) for file in _files_of(value)) if field.name in FILES and value else ()
@@ -476,7 +474,7 @@ def take_preset(panel: Panel):
     panel.set(**PRESETS[label])
     panel.tell("a starting point, and no more than that; the plan says whether your rows fit")
 
-# %% ../../nbs/notebook/36_panel.ipynb #6b9f0e90
+# %% ../../nbs/notebook/36_panel.ipynb #9c5d02b7
 def read_in(text: str, names: Mapping, fill_in: Callable[[dict], Panel]) -> Panel:
     "The panel that `fill_in` makes of a cell's values; what there is to say about the flags of a script stands in its sheet."
     notes: list[str] = []
@@ -484,6 +482,7 @@ def read_in(text: str, names: Mapping, fill_in: Callable[[dict], Panel]) -> Pane
     if notes: panel.put(tag("div", tag("b", "read from an RWKV-PEFT script"), tag("ul", *(tag("li", said) for said in notes)), class_=AS_TEXT), "\n".join(f"note: {said}" for said in notes))
     return panel
 
+# %% ../../nbs/notebook/36_panel.ipynb #6b9f0e90
 def read_back(panel: Panel):
     "Fills in the form from the text of the cell; what the cell doesn't say goes back to its default."
     read_in(panel.parts["cell"].value, panel.names, lambda values: panel.set(**{name: values.get(name) for name in panel.fields}) or panel)
@@ -512,6 +511,6 @@ def open_panel(shell: Any, line: str = "", cell: str = ""):
     names = shell.user_ns
     if not isinstance(names.get("panel", None), (Panel, type(None))): raise usage_error(f"the variable panel holds a {type(names['panel']).__name__} already, and the panel would replace it; rename that first")
     with complaints([]): panel = Panel.from_cell(f"%%rwkv_panel {line}\n{cell}", names)
-    if names.get("panel") is not None: names["panel"].close()
+    if names.get("panel") is not None: close(names["panel"])
     names["panel"] = panel
     panel.show()

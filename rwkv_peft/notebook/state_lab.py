@@ -57,7 +57,6 @@ class StateLab:
         view = {"version_major": 2, "version_minor": 0, "model_id": self.controls().model_id}
         display({"application/vnd.jupyter.widget-view+json": view, "text/plain": "(a slider and two menus, which need a live kernel; the pictures below are as they were left)"}, raw=True)
         for which in ("sample", "mosaic"):
-            known = getattr(self.pictures.get(which), "display_id", True)
-            self.pictures[which] = display(self.drawn(which), display_id=known)
+            self.pictures[which] = display(self.drawn(which), display_id=getattr(self.pictures.get(which), "display_id", True))
 
     def _ipython_display_(self) -> None: self.show()
