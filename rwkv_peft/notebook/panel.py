@@ -474,7 +474,7 @@ def take_preset(panel: Panel):
     panel.set(**PRESETS[label])
     panel.tell("a starting point, and no more than that; the plan says whether your rows fit")
 
-# %% ../../nbs/notebook/36_panel.ipynb #9c5d02b7
+# %% ../../nbs/notebook/36_panel.ipynb #6f9337fb
 def read_in(text: str, names: Mapping, fill_in: Callable[[dict], Panel]) -> Panel:
     "The panel that `fill_in` makes of a cell's values; what there is to say about the flags of a script stands in its sheet."
     notes: list[str] = []
