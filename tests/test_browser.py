@@ -74,6 +74,7 @@ def lab(place):
     tmp_path = place
     (tmp_path / "work").mkdir()
     for name, sources in NOTEBOOKS.items(): nbformat.write(book_of(sources), tmp_path / "work" / name)
+    for page in ("look/10_report", "look/60_runs", "notebook/50_sampler_lab"): shutil.copy(Path(__file__).parents[1] / "nbs" / f"{page}.ipynb", tmp_path / "work")
     (tmp_path / "config/labconfig").mkdir(parents=True)
     (tmp_path / "config/labconfig/default_setting_overrides.json").write_text(json.dumps(
         {"@jupyterlab/notebook-extension:tracker": {"autoStartDefaultKernel": True}, "@jupyterlab/apputils-extension:notification": {"fetchNews": "false"}}))
@@ -300,3 +301,18 @@ def test_the_same_notebook_passes_without_a_browser(tmp_path):
     shown = [o["data"]["text/plain"] for o in book.cells[1].outputs]
     assert "needs" in shown[0] or "while a kernel runs" in shown[0]
     assert "max_steps = 1000000" in shown[1] and not [o for cell in book.cells for o in cell.outputs if o["output_type"] == "error"]
+
+
+@pytest.mark.parametrize("name", ["10_report", "60_runs", "50_sampler_lab"])
+def test_a_notebook_that_nobody_trusts_yet_is_readable(lab, place, name):
+    "JupyterLab takes scripts, SVG and odd styles out of the outputs of a notebook that came from elsewhere; ours must lose nothing by it."
+    with opened(lab, place / f"work/{name}.ipynb") as (page, notebook, hosts, failed):
+        assert page.evaluate("window.jupyterapp.shell.currentWidget.content.model.cells.get(0).trusted") is False
+        page.evaluate("window.jupyterapp.shell.currentWidget.content.widgets.forEach(cell => cell.node.style.contentVisibility = 'visible')")
+        for cell in range(0, len(json.loads(notebook.file.read_text())["cells"]), 4): page.evaluate(f"window.jupyterapp.shell.currentWidget.content.scrollToItem({cell})")
+        drawn = wait_for(lambda: page.eval_on_selector_all(".jp-OutputArea-output img", "all => all.length && all.every(i => i.naturalWidth) && all.map(i => i.alt)"), 30) if name != "50_sampler_lab" else []
+        assert all(len(words) > 20 for words in drawn)
+        lines = page.eval_on_selector_all(".jp-OutputArea-output table td", "all => all.map(e => getComputedStyle(e).borderBottomStyle)")
+        assert lines and set(lines) == {"solid"}
+        picture(page, f"untrusted-{name}")
+    assert hosts == {lab.removeprefix("http://")} and not failed

@@ -161,7 +161,7 @@ def test_nobody_has_to_read_python_in_a_table():
     start = {"event": "start", "config": config, "plan": {"methods": ["LoRA", "StateTuning"], "steps": 5, "lr_init": None}, "data": {"rows": 3, "source": None, "notes": ["one", "two"]}, "versions": {}}
     plan = as_rows(start["plan"])
     found = difference([start], [{**start, "config": {"name": "b", "peft": "lora", "loss_mask": None}}])
-    shown = {"card": Markup(card(known([start]))).text, "plan": Markup(plan_card("a", plan)).text, "lines": "\n".join(f"{k}: {v}" for k, v in plan.items()), "difference": Markup(found._repr_html_()).text, "difference as text": repr(found)}
+    shown = {"card": Markup(card(known([start]))).text, "plan": Markup(plan_card("a", PLAN | start["plan"])).text, "lines": "\n".join(f"{k}: {v}" for k, v in plan.items()), "difference": Markup(found._repr_html_()).text, "difference as text": repr(found)}
     for where, text in shown.items(): assert not re.search(r"[\[{]['\"]|\b(None|True|False)\b", text), (where, text)
     for where in ("card", "plan", "lines"): assert "LoRA + StateTuning" in shown[where]
     assert "(method = lora, r = 8), state" in shown["difference"] and "true" in shown["card"] and "att, ffn" in shown["card"] and "unset" in shown["difference as text"]

@@ -264,6 +264,26 @@ def test_without_held_out_rows_it_says_so(tmp_path):
     assert of(seen, "warning") and not of(seen, "eval") and seen[-1]["best_step"] is None and seen[-1]["event"] == "done"
 
 
+@pytest.mark.parametrize("peft", ["lora", "pissa", "state", "none"])
+def test_a_stopped_run_leaves_what_it_has_learnt(tmp_path, peft):
+    "The results hold the weights of the step at which it stopped, as the checkpoint beside them does, and a later end replaces them."
+    save(tiny(), tmp_path / "small.pth")
+    run = make(tmp_path / "runs", model=str(tmp_path / "small.pth"), peft=peft, max_steps=9, r=None)
+    for event in run.steps():
+        if event["event"] == "step" and event["step"] == 3: run.stop()
+    said, x = run.events[-1], torch.arange(1, 9)[None]
+    assert said["event"] == "stopped" and said["step"] == 3 and "whose weights are kept" in said["message"]
+    def told(names):
+        if names == ["model.pth"]: return load(run.folder / "model.pth")(x)[0]
+        model = load(tmp_path / "small.pth")
+        load_adapter(model, run.folder / "adapter")
+        return model(x)[0]
+    first = told(said["results"])
+    assert torch.equal(first, run.model(x)[0]) and not torch.equal(first, load(tmp_path / "small.pth")(x)[0])
+    done = Run.resume(run.folder).fit()
+    assert done.events[-1]["event"] == "done" and not torch.equal(told(done.events[-1]["results"]), first)
+
+
 def test_stop_pause_and_leaving_early(tmp_path):
     run = make(tmp_path, max_steps=30)
     kinds = []

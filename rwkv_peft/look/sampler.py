@@ -190,7 +190,7 @@ def _stage_table(stages: list[Stage], token: int, sampler: Sampler) -> Html:
 # %% ../../nbs/look/50_sampler.ipynb #17e213b5
 def _bar(p: float, filled: bool) -> Html:
     look = "background:rgba(70,140,230,.7)" if filled else "background:transparent"
-    box = tag("span", style=f"display:inline-block;box-sizing:border-box;width:{9 * p:.2f}em;height:.8em;border:1px {'solid' if filled else 'dashed'} currentColor;vertical-align:baseline", aria_hidden="true") if p >= .005 else ""
+    box = tag("span", style=f"display:inline-block;box-sizing:border-box;width:{9 * p:.2f}em;height:.8em;border:1px {'solid' if filled else 'dashed'};vertical-align:baseline", aria_hidden="true") if p >= .005 else ""
     return tag("span", Html(str(box).replace("height:.8em;", f"height:.8em;{look};")), f" {p:.1%}", style="white-space:nowrap")
 
 def _bars(stages: list[Stage], token: int) -> Html:

@@ -32,7 +32,7 @@ def write_result(folder: str | Path, out: str | Path, *, state: bool = False, sa
 def _base_of(folder: Path, out: Path) -> str | None:
     "The base that a run's adapter is to be merged into; None where the run has written the whole model."
     if (folder / "model.pth").exists(): return None
-    if not (folder / "adapter").is_dir(): raise ConfigError(f"name: run {folder.name!r} holds no result yet, it has not come to its end; resume it, and let it end")
+    if not (folder / "adapter").is_dir(): raise ConfigError(f"name: run {folder.name!r} holds no result yet: let it come to its end, or stop it")
     base = load_config(folder, {}).model
     if base is None: raise ConfigError(f"model: run {folder.name!r} was made over a model object that has no file; merge that in Python: merge(run.model), then export(run.model, {str(out)!r})")
     return base

@@ -119,9 +119,9 @@ def scored(model: nn.Module, tokens: Tensor, state=None, chunk: int = 256) -> It
     finally: model.train(was_training)
 
 # %% ../../nbs/train/60_evaluate.ipynb #57086575
-def token_losses(model: nn.Module, tokens: Tensor) -> list[float]:
-    "The loss in nats of each of `tokens` (T+1,) but the first, in at least float32."
-    return [x for logits, targets in scored(model, tokens) for x in cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), targets, reduction="none").tolist()]
+def token_losses(model: nn.Module, tokens: Tensor, chunk: int = 256) -> list[float]:
+    "The loss in nats of each of `tokens` (T+1,) but the first, in at least float32. chunk: see `scored`."
+    return [x for logits, targets in scored(model, tokens, chunk=chunk) for x in cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), targets, reduction="none").tolist()]
 
 # %% ../../nbs/train/60_evaluate.ipynb #9b25ff4c
 LONGEST = 4096    # tokens of the row that is looked at one by one, at most

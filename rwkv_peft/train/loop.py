@@ -240,7 +240,7 @@ def examine(run: Run) -> list[dict]:
     with whole(run.engine, run.model.parameters() if run.config.sample_prompts else ()): return said + [speak(run, prompt) for prompt in run.config.sample_prompts]
 
 def _since_first(run: Run, nats: list[float]) -> dict | None:
-    row = None if run.shown is None else {"i": run.shown, "nats": token_losses(run.model, run.held_out[run.shown].tokens[:LONGEST + 1])}      # read on every rank: weights may be spread over them
+    row = None if run.shown is None else {"i": run.shown, "nats": token_losses(run.model, run.held_out[run.shown].tokens[:LONGEST + 1], min(256, run.config.chunk_ctx or 256))}      # on every rank: weights may be spread over them
     if run.rank: return None
     first = keep_losses(run.folder, run.step, nats, row)
     return change_of(first, nats, run.held_out, run.held_out_bytes) if run.step else None
@@ -359,13 +359,15 @@ def train(run: Run) -> Iterator[dict]:
 
 # %% ../../nbs/train/70_loop.ipynb #0a55d3b3
 def halt(run: Run) -> Iterator[dict]:
-    "Saves, and says where the run stopped and how to go on."
+    "Saves a checkpoint and, since somebody may want to stop here for good, the results; says where the run stopped and how to go on."
     if run.saved != run.step:
         with run.work(): said = keep(run)
         yield said
     where = "" if str(run.folder.parent) == "runs" else f", output={str(run.folder.parent)!r}"
     model = "" if isinstance(recorded(run.config.model), str) and not recorded(run.config.model).startswith("<") else ", model=the same model"
-    yield run.say("stopped", step=run.step, message=f"stopped at step {run.step} of {run.settled.steps}; resume with finetune(name={run.folder.name!r}{where}{model}, resume=True).fit()")
+    release(run)
+    with run.work(): results = save_results(run) if run.rank == 0 else []
+    yield run.say("stopped", step=run.step, results=results, message=f"stopped at step {run.step} of {run.settled.steps}, whose weights are kept; resume with finetune(name={run.folder.name!r}{where}{model}, resume=True).fit()")
 
 # %% ../../nbs/train/70_loop.ipynb #acecf12f
 def prepare(run: Run):
@@ -686,7 +688,7 @@ Run.say, Run.work = _say, _work
 
 def _model(run: Run) -> nn.Module | None:
     "What trains here; or, once ranks have trained, their result, read when it is first asked for."
-    if run.here is None and not run.prepared and run.log and run.log.events and run.log.events[-1]["event"] == "done": run.here = _result(run, run.log.events[-1]["results"])
+    if run.here is None and not run.prepared and run.log and run.log.events and run.log.events[-1].get("results"): run.here = _result(run, run.log.events[-1]["results"])
     return run.here
 
 def _result(run: Run, names: list[str]) -> nn.Module:
