@@ -254,6 +254,25 @@ class Handle:
     def update(self, thing): self.shown.append(thing)
 
 
+def test_a_lab_shown_twice_is_one_lab(monkeypatch):
+    import IPython.display
+    from ipywidgets.widgets import widget
+    places = {}
+    def display(thing, display_id=None, raw=False):
+        if display_id: return places.setdefault(display_id if isinstance(display_id, str) else f"place {len(places)}", DisplayHandle(thing, len(places)))
+    class DisplayHandle(Handle):
+        def __init__(self, thing, i): self.display_id, self.shown = f"place {i}", [thing]
+    monkeypatch.setattr(IPython.display, "display", display)
+    lab = StateLab(make(), "hé", stops=(.5, 1), max_tokens=5)
+    lab.show()
+    slider, held = lab.slider, len(widget._instances)
+    slider.value = .5
+    lab.show()
+    assert lab.slider is slider and len(widget._instances) == held and len(places) == 2
+    slider.value = 0
+    assert "0%" in Markup(places["place 0"].shown[-1]).text and len(places) == 2
+
+
 def test_the_lab_redraws_what_its_controls_ask_for(monkeypatch):
     import IPython.display
     shown, handles = [], []

@@ -1,6 +1,7 @@
 "The cell magic inside one process: what it reads, what it refuses, what it hands on, what it completes."
 import ast
 import json
+import re
 import sys
 import threading
 from dataclasses import replace
@@ -31,7 +32,7 @@ class FakeRun:
     "Takes settings as a run does, and plays `steps` events until it is stopped."
 
     def __init__(self, settings, steps=3, fails=None):
-        self.config, self.settings, self.length, self.fails = SimpleNamespace(name=settings.get("name")), settings, steps, fails
+        self.config, self.settings, self.length, self.fails = SimpleNamespace(name=settings.get("name"), model=settings.get("model")), settings, steps, fails
         self.asked, self.begun, self.thread = threading.Event(), threading.Event(), None
 
     def stop(self): self.asked.set()
@@ -192,6 +193,11 @@ def test_resume_needs_no_body(shell):
     assert error is None and shell.made[0].settings == {"name": "my-run", "resume": True}
 
 
+@pytest.mark.parametrize("source", ["-" * 5000 + "1", "-" * 100_000 + "1", "(" * 5000 + "1" + ")" * 5000, "[" * 300 + "]" * 300])
+def test_an_endless_expression_is_one_sentence(shell, source):
+    assert re.search("nested too deeply|too many nested", complaint(shell, "%%rwkv_finetune x\nmodel = 'm'\nr = " + source)) and not shell.made
+
+
 def test_name_said_twice_is_refused(shell):
     assert complaint(shell, "%%rwkv_finetune a\nname = 'b'").startswith("body line 1: name: is said twice")
 
@@ -268,6 +274,27 @@ def real(shell, monkeypatch, tmp_path):
 
 
 BODY = "\nmodel = small; data = rows\naccumulate = 2; r = 2; eval_split = 0.2; max_steps = 4; eval_steps = 2"
+
+
+def state_of(model):
+    parts = {name: {k: [*v] if isinstance(v, dict) else v for k, v in vars(part).items()} for name, part in model.named_modules()}
+    return parts, {name: (id(x), x.tolist(), x.requires_grad) for name, x in (*model.named_parameters(), *model.named_buffers())}
+
+
+@pytest.mark.parametrize("more", ["quant = 'int8'; grad_cp = True", "peft = 'pissa'", "peft = 'none'", "quant = 'int8'; train_parts = ['att.key']"])
+def test_a_dry_run_leaves_a_model_object_as_it_was(real, more):
+    model = real.user_ns["small"].eval()
+    before = state_of(model)
+    captured, error = run(real, "%%rwkv_finetune mine --dry-run" + BODY.replace("r = 2; ", "" if "none" in more else "r = 2; ") + "\n" + more)
+    assert (error is None) == ("train_parts" not in more) and state_of(model) == before
+
+
+def test_a_dry_run_of_a_resumption_keeps_what_was_learnt(real):
+    run(real, "%%rwkv_finetune mine" + BODY)
+    before = state_of(real.user_ns["small"])
+    captured, error = run(real, "%rwkv_finetune mine --resume --dry-run")
+    assert error is None and "steps: 4" in captured.outputs[0].data["text/plain"] and state_of(real.user_ns["small"]) == before
+    assert real.user_ns["small"].attached and real.user_ns["mine"].report()["status"] == "done"
 
 
 def test_what_the_curves_show_is_worked_out_once(monkeypatch, tmp_path):

@@ -1,8 +1,11 @@
 """The panel without a browser: its form against `Config`, what it refuses, and a round of a run by its buttons."""
 import json
 import re
+import sys
+import threading
 import time
 from html import unescape
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,11 +14,18 @@ from IPython.core.error import UsageError
 
 from markup import Markup
 from rwkv_peft.model.rwkv import RWKV, RWKVConfig
-from rwkv_peft.notebook.chat import conversation_table
-from rwkv_peft.notebook.panel import Panel, find, hushed, offers, run_of
-from rwkv_peft.notebook.panel_form import PRESETS, Field, as_toml, complaints_of, field_text, kind_of_field, literal, python_of, read_cell, read_field
+from rwkv_peft.data.chat import TEMPLATES
+from rwkv_peft.export.formats import import_
+from rwkv_peft.model.checkpoint import load, read, save
+from rwkv_peft.model.sample import Sampler
+from rwkv_peft.notebook.chat import Conversation, conversation_table, form_of
+from rwkv_peft.notebook.panel import Panel, close, hushed, offers, open_panel, run_of
+from rwkv_peft.notebook.panel_form import PRESETS, Field, as_toml, cell_of, complaints_of, field_text, kind_of_field, literal, python_of, read_cell, read_field
+from rwkv_peft.notebook.results import write_result
+from rwkv_peft.peft.adapters import merge
 from rwkv_peft.peft.lora import LoRA
 from rwkv_peft.train.config import Config, ConfigError, setting, settings_table
+from rwkv_peft.train.loop import Run, finetune
 from rwkv_peft.train.optim import methods_of
 from rwkv_peft.train.plan import plan_like
 from rwkv_peft.train.script import read_script
@@ -33,6 +43,13 @@ def small():
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def shell(monkeypatch):
+    "As much of a shell as `open_panel` asks for."
+    monkeypatch.setattr(Panel, "show", lambda panel: None)
+    return SimpleNamespace(user_ns={})
 
 
 def panel_of(**more):
@@ -80,8 +97,16 @@ numbers = st.integers(-2 ** 60, 2 ** 60) | st.floats(allow_nan=False, allow_infi
 def test_what_a_literal_field_shows_is_what_it_reads(value):
     import tomllib
     assert tomllib.loads(f"x = {as_toml(value)}")["x"] == value
-    text = field_text(ROWS["ranks"], value, {})
-    if value != "" and not (isinstance(value, str) and not value.strip()): assert read_field(ROWS["ranks"], text, {}) == value
+    assert read_field(ROWS["ranks"], field_text(ROWS["ranks"], value, {}), {}) == value
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=plain | st.sampled_from(["a\nb", " x", "a ", "rows", "'rows'", '"', "8", "lora"]))
+def test_a_text_that_a_field_shows_is_read_as_that_text(text):
+    "Also one that is a variable's name."
+    for name in ("data", "output", "sft_split", "peft"):
+        shown = field_text(ROWS[name], text, {"rows": rows})
+        assert read_field(ROWS[name], shown, {"rows": rows, "lora": LoRA()}) == text and "\n" not in shown
 
 
 @settings(max_examples=200, deadline=None)
@@ -94,14 +119,13 @@ def test_no_text_in_a_field_does_more_than_be_read(text):
 
 
 @settings(max_examples=30, deadline=None)
-@given(name=st.from_regex(r"[A-Za-z0-9][\w .-]{0,8}[A-Za-z0-9]", fullmatch=True).filter(str.isascii), r=st.integers(1, 64), lr=st.floats(1e-6, 1), prompts=st.lists(plain.filter(str.strip), max_size=2), ranks=st.none() | st.dictionaries(st.sampled_from(["ffn", "att"]), st.integers(1, 9), min_size=1),
+@given(name=st.sampled_from(["lr=1e-4", "-x", "--resume", "it's", "a`b", "run#1", "$HOME", "{r}", "é"]) | st.from_regex(r"[A-Za-z0-9][\w .-]{0,8}[A-Za-z0-9]", fullmatch=True).filter(str.isascii), r=st.integers(1, 64), lr=st.floats(1e-6, 1), prompts=st.lists(plain.filter(str.strip), max_size=2), ranks=st.none() | st.dictionaries(st.sampled_from(["ffn", "att"]), st.integers(1, 9), min_size=1),
        quant=st.sampled_from(["none", "int8", "nf4"]), cp=st.sampled_from(["auto", True, False]))
 def test_a_panel_is_its_cell_and_its_cell_is_the_panel(name, r, lr, prompts, ranks, quant, cp):
     values = dict(model="rwkv7-tiny", data=rows, name=name, r=r, lr_init=lr, sample_prompts=prompts, ranks=ranks, quant=quant, grad_cp=cp)
     differ = {k: v for k, v in values.items() if v != ROWS[k]["default"]}
     fields = {k: Field(row, {"rows": rows}, lambda: None) for k, row in ROWS.items()}
     for k, v in values.items(): fields[k].set(v)
-    from rwkv_peft.notebook.panel_form import cell_of
     cell = cell_of(fields)
     assert read_cell(cell, {"rows": rows}) == differ
     heard = {}
@@ -115,6 +139,34 @@ def test_nothing_in_a_cell_is_evaluated():
         with pytest.raises(UsageError, match="would have to be evaluated"): read_cell(f"%%rwkv_finetune x\nr = {source}", {"rows": rows})
     with pytest.raises(UsageError, match="did you mean 'ranks'"): read_cell("%%rwkv_finetune x\nrnaks = 1", {})
     assert read_cell("%rwkv_panel 'my run' --resume", {}) == {"name": "my run", "resume": True} and read_cell("r = 3", {}) == {"r": 3}
+
+
+@pytest.mark.parametrize("source, words", [("r = {[1]: 2}", "no value"), ("r = b'x'", "no setting takes"), ("lr_init = 1e999", "no setting takes"), ("r = -" + "-" * 5000 + "1", "nested too deeply"), ("r = ...", "no setting takes"),
+                                           ("r = {1, 2}", "expected a whole number"), ("quant = 'int9'", "expected 'none'"), ("seed = 1.5", "expected a whole number"), ("weight_decay = 'much'", "expected a number"), ("output = ['a']; r = {}", "expected a whole number")])
+def test_an_odd_value_is_one_sentence(here, shell, source, words):
+    with pytest.raises(UsageError, match=words) as told: open_panel(shell, "", source)
+    assert "\n" not in str(told.value) and "panel" not in shell.user_ns
+    panel = panel_of()
+    panel.parts["cell"].value = f"%%rwkv_finetune x\n{source}"
+    panel.parts["read"].click()
+    assert re.search(words, panel.sheet.bundle["text/plain"])
+
+
+def test_no_number_without_an_end(here):
+    panel = panel_of()
+    panel.fields["lr_init"].widget.value = "inf"
+    assert "finite" in panel.fields["lr_init"].note.value and "inf" not in panel.parts["cell"].value
+    read_cell(panel.parts["cell"].value, panel.names)
+
+
+def test_the_button_reads_the_cell_and_none_is_the_default(here):
+    panel = panel_of()
+    choices = {name: field.widget.options for name, field in panel.fields.items() if kind_of_field(field.row) == "words"}
+    panel.parts["cell"].value = "%%rwkv_finetune x\nmodel = model\ndata = rows\nr = 8"
+    panel.parts["read"].click()
+    assert panel.sheet.bundle["text/plain"] == "" and panel.values() == {"model": panel.names["model"], "data": rows, "r": 8, "name": "x"}
+    panel.set(**dict.fromkeys(panel.fields))
+    assert panel.values() == {} and {name: panel.fields[name].widget.options for name in choices} == choices
 
 
 SCRIPT = """--load_model base.pth --data_file '<b>rows.jsonl' --data_type jsonl --wandb '<b>&' --proj_dir out/mine \\
@@ -154,6 +206,10 @@ def test_objects_are_shown_by_name():
     assert panel.values()["peft"] is method and panel.fields["peft"].text == "peft" and "peft = peft" in panel.as_cell()
     assert panel.fields["data"].text == "rows" and panel.values()["data"] is rows
     assert panel.fields["model"].text == "model"
+    texts = ["a text of some length", "another text"]
+    panel = Panel({"texts": texts, "train": rows}, data=texts, eval_data="train")
+    assert panel.fields["data"].text == "texts" and panel.values() == {"data": texts, "eval_data": "train"} and "data = texts\neval_data = 'train'" in panel.as_cell()
+    assert Panel.from_cell(panel.as_cell(), panel.names).values() == panel.values()
 
 
 @pytest.mark.parametrize("name, text, words", [("r", -1, "greater than 0"), ("peft", "lorra", "did you mean 'lora'"), ("ranks", "{ffn = ", "brackets"), ("data", "nowhere.jsonl", "no file 'nowhere.jsonl'"),
@@ -185,7 +241,8 @@ def test_the_filter_finds_what_it_says():
 
 def test_what_is_at_hand_is_proposed(tmp_path):
     for file in ("a.pth", "b.jsonl", "c.docx"): (tmp_path / file).touch()
-    found = offers({"mine": small(), "rows": rows, "_hidden": rows, "text": "rows", "RWKV": RWKV, "empty": []}, tmp_path)
+    class Odd(dict): __getattr__ = dict.__getitem__
+    found = offers({"odd": Odd(a=1), "mine": small(), "rows": rows, "_hidden": rows, "text": "rows", "RWKV": RWKV, "empty": []}, tmp_path)
     assert found["model"][-2:] == ["mine", "a.pth"] and "rwkv7-tiny" in found["model"] and found["data"] == ["rows", "b.jsonl"]
 
 
@@ -212,7 +269,6 @@ def test_hostile_rows_and_answers_stay_text(here):
 
 
 def test_only_this_thread_is_hushed(capsys):
-    import threading
     with hushed() as caught:
         print("mine")
         other = threading.Thread(target=print, args=("theirs",))
@@ -222,8 +278,44 @@ def test_only_this_thread_is_hushed(capsys):
     assert "".join(caught) == "mine\n" and capsys.readouterr().out == "theirs\nafter\n"
 
 
+def test_two_that_are_hushed_at_once_leave_the_stream_as_it_was(capsys):
+    stream, first, second = sys.stdout, threading.Event(), threading.Event()
+    caught = {}
+    def job(name, inside, before):
+        with hushed() as pieces:
+            inside.set()
+            assert before.wait(10)                                                  # the first leaves while the second is inside
+            print(name)
+            with hushed() as inner: print("inner")
+            print(name)
+        caught[name] = "".join(pieces), "".join(inner)
+    one = threading.Thread(target=job, args=("one", first, second))
+    one.start()
+    first.wait(10)
+    released = threading.Event()
+    two = threading.Thread(target=job, args=("two", second, released))
+    two.start()
+    one.join()
+    print("meanwhile")
+    released.set()
+    two.join()
+    assert sys.stdout is stream and capsys.readouterr().out == "meanwhile\n"
+    assert caught == {"one": ("one\none\n", "inner\n"), "two": ("two\ntwo\n", "inner\n")}
+
+
+def test_an_error_is_told_while_a_field_can_not_be_read(here):
+    panel = panel_of()
+    panel.fields["ranks"].widget.value = "{ffn = "
+    panel.parts["pause"].click()
+    assert "no run of this panel is training" in panel.sheet.bundle["text/html"]
+    panel.plan()
+    panel.wait()
+    assert "brackets" in panel.sheet.bundle["text/html"]
+
+
 def test_a_round_by_buttons(here, capfd):
-    panel = panel_of(max_steps=1000000, eval_steps=1000000, sample_prompts=["<b>1</b> ="])
+    save(small(), "small.pth")
+    panel = panel_of(model="small.pth", max_steps=1000000, eval_steps=1000000, sample_prompts=["<b>1</b> ="])
     p = panel.parts
     off = lambda: {name for name in ("plan", "start", "pause", "stop", "resume") if p[name].disabled}
     assert off() == {"pause", "stop"}
@@ -285,15 +377,79 @@ def test_after_the_end(here):
     assert all(torch.equal(base[name], x) for name, x in small().state_dict().items())
 
 
-def test_a_plan_leaves_no_adapter_behind(here):
-    panel = panel_of()
+def everything_of(model):
+    "What a plan must not change: each part's own things, each tensor's identity, values and flags."
+    parts = {name: {k: [*v] if isinstance(v, dict) else v for k, v in vars(part).items()} for name, part in model.named_modules()}
+    return parts, {name: (id(x), x.data_ptr(), x.tolist(), x.requires_grad) for name, x in (*model.named_parameters(), *model.named_buffers())}
+
+
+@pytest.mark.parametrize("told", [dict(quant="int8", train_type="infctx", chunk_ctx=4, grad_cp=True, backend="chunk"), dict(peft="pissa"), dict(peft="none", r=None), dict(peft="lora", train_parts=["ln"]), dict(peft="dora", quant="nf4"),
+                                  dict(peft="lora", quant="int8", train_parts=["att.key"])], ids=str)
+def test_a_model_object_is_after_a_plan_as_it_was(here, told):
+    panel = panel_of(max_steps=1)
+    model = panel.names["model"].eval()
+    model.head.weight.requires_grad_(False)
+    before = everything_of(model)
+    for settings in (told, {"peft": "none", "r": None}):
+        panel.set(**dict.fromkeys(told), **{k: v for k, v in {"r": 2}.items() if k not in told})
+        panel.set(**settings)
+        panel.plan()
+        panel.wait()
+        assert ("quant: " if "att.key" in str(settings) else "memory") in panel.sheet.bundle["text/plain"]
+        assert everything_of(model) == before
+
+
+def test_a_start_that_fails_leaves_a_model_object_as_it_was(here):
+    panel = panel_of(quant="int8", train_parts=["att.key"], max_steps=1)
+    before = everything_of(panel.names["model"])
+    panel.start()
+    panel.wait()
+    assert "att.key" in panel.sheet.bundle["text/plain"] and everything_of(panel.names["model"]) == before
+    panel.set(train_parts=None)
+    panel.start()
+    panel.wait()
+    assert panel.run.report()["status"] == "done"
+
+
+@pytest.mark.parametrize("change", ["file", "list", "pair"])
+def test_the_rows_that_are_there_now_are_shown_and_trained(here, tmp_path, change):
+    "A plan was made, and a row looked at, of those that were there before."
+    held = [dict(row) for row in rows]
+    def write(word):
+        for i, row in enumerate(held): row["prompt"] = f"{word} {i}"
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held))
+    write("old")
+    save(small(), "small.pth")
+    panel = panel_of(model="small.pth", data="rows.jsonl" if change == "file" else held, max_steps=1, eval_split=0.)
+    panel.preview(0)
+    panel.wait()
     panel.plan()
     panel.wait()
-    assert panel.planned[1].prepared
-    panel.set(r=3)
+    kept = panel.planned[1]
+    assert "old 0" in panel.rows[1].text(0) and run_of(panel) is kept and not sys.stdout.closed
+    write("new")
+    panel.preview(0)
+    panel.wait()
+    assert "new 0" in panel.sheet.bundle["text/plain"]
+    if change == "pair": panel.plan(), panel.wait()
+    panel.start()
+    panel.wait()
+    assert panel.run is not kept and "new 0" in panel.run.data.text(0)
+
+
+@pytest.mark.parametrize("setting", ["model", "adapter"])
+def test_a_plan_is_made_again_when_what_it_read_was_replaced(here, setting):
+    save(small(), "small.pth")
+    finetune(model="small.pth", data=rows, name="first", r=2, accumulate=1, max_steps=1, eval_split=0.).fit()
+    panel = panel_of(model="small.pth", adapter="runs/first/adapter", r=None, max_steps=1)
     panel.plan()
     panel.wait()
-    assert panel.planned[1].config.r == 3 and "memory, peak" in panel.sheet.bundle["text/html"]
+    kept = run_of(panel)
+    assert kept.prepared and run_of(panel) is kept
+    path = panel.values()[setting] + ("/adapter_config.json" if setting == "adapter" else "")
+    with open(path, "rb") as file: content = file.read()
+    with open(path, "wb") as file: file.write(content)
+    assert run_of(panel) is not kept
 
 
 def test_an_error_of_the_rows_is_told_and_the_panel_goes_on(here):
@@ -306,3 +462,114 @@ def test_an_error_of_the_rows_is_told_and_the_panel_goes_on(here):
     panel.preview(10 ** 9)
     panel.wait()
     assert "Row 15 of 16" in panel.sheet.bundle["text/html"]
+
+
+# the chat
+
+TURNS = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "Two."}, {"role": "user", "content": "And 2?"}, {"role": "assistant", "content": "Three."}]
+
+
+@pytest.mark.parametrize("template", [name for name in TEMPLATES if name != "raw"])
+def test_a_question_has_the_form_of_the_rows(template):
+    "What stands before the answer when trained stands before it when asked, in a first turn and in a second."
+    model = small()
+    talk = Conversation({"base": model, "tuned": model}, template)
+    segments = TEMPLATES[template]([{"weight": 1., **m} for m in TURNS])
+    before = ["".join(text for text, _ in segments[:i]) for i, (_, weight) in enumerate(segments) if weight]
+    if template != "think": assert talk.text_of("tuned", "1 + 1?") == before[0]     # rows without reasoning hold an empty thought, and a question asks for one
+    answer = {"think": "<think>\nso\n</think>\n", "fake_think": "<think>\n</think>\n"}.get(template, "") + "Two."
+    talk.turns = [("1 + 1?", {"base": answer, "tuned": answer})]
+    second = talk.text_of("base", "And 2?")
+    if template == "think": assert second.endswith("Assistant: <think>\nso\n</think>\nTwo.\n\nUser: And 2?\n\nAssistant: <think")
+    else: assert second == before[1]
+
+
+def own(messages): return [(f"Question: {messages[0]['content']}\n\nAnswer:", 0), (f" {messages[1]['content']}", 1)]
+
+
+@pytest.mark.parametrize("data, template, form, later", [(rows, None, "raw", "raw"), (rows, "instruct", "instruct", "instruct"), (rows, own, own, "qa"), ([{"text": f"It was {i}."} for i in range(4)], None, "rwkv", "rwkv"),
+                                                         ([{"prompt": f"Question: {i}?\n\nAnswer:", "completion": " Yes."} for i in range(4)], None, "qa", "qa"), ([{"messages": TURNS}] * 4, None, "rwkv", "rwkv")])
+def test_the_form_of_the_questions_is_that_of_the_run(here, data, template, form, later):
+    "In its session, and from its folder."
+    run = Run(Config(model=small(), data=data, template=template, name="asked", r=2, max_steps=1, eval_split=0.))
+    next(run.steps())
+    assert form_of(run) == form and form_of(Run.resume(run.folder, model=small())) == later
+
+
+def test_prompts_without_a_form_stand_alone():
+    talk = Conversation({"tuned": small()}, "raw")
+    talk.turns.append(("1 + 1 =", {"tuned": "2"}))
+    assert talk.text_of("tuned", " 3 + 1 = ") == "3 + 1 ="
+
+
+def test_an_answer_ends_where_its_form_says(here):
+    panel = panel_of(data=[{"prompt": "a?", "completion": "b"}] * 8, template="alpaca", lr_init=.05, max_steps=60, r=16, eval_split=0.)
+    panel.start()
+    panel.wait()
+    panel.ask("a?", temperature=0, max_tokens=20)
+    panel.wait()
+    answer = panel.talk[1].turns[0][1]["tuned"]
+    assert panel.talk[1].template == "alpaca" and answer == "b"
+
+
+def test_a_question_that_fails_is_no_turn():
+    talk = Conversation({"a": small(), "b": small()})
+    with pytest.raises(ZeroDivisionError): talk.ask("x", Sampler(seed=0), 3, lambda: 1 / 0)
+    assert talk.turns == []
+    talk.ask("x", Sampler(seed=0), 3)
+    assert len(talk.turns) == 1
+
+
+# taking away
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory):
+    "(folder, merged model) of a short run over the bundled model."
+    place = tmp_path_factory.mktemp("ended")
+    torch.set_num_threads(1)
+    run = finetune(model="rwkv7-tiny", data=rows, name="tuned", output=str(place), r=2, lr_init=4e-3, accumulate=1, max_steps=2, eval_split=0., device="cpu", precision="fp32").fit()
+    return run.folder, merge(run.model)
+
+
+@pytest.mark.parametrize("out", ["a.pth", "a.safetensors", "a.st", "a.gguf", "a"])
+def test_what_is_written_is_the_tuned_model(ended, tmp_path, out):
+    "Into a folder that isn't there yet, and read again by the format's own reader."
+    folder, model = ended
+    said, path = [], tmp_path / "new" / "folder" / out
+    assert write_result(folder, path, say=said.append) == path and said
+    with pytest.raises(ValueError, match="already"): write_result(folder, path)
+    assert [p.name for p in path.parent.iterdir()] == [out]                         # nothing else is left
+    whole = {name: x.detach() for name, x in model.state_dict().items()}
+    if out == "a.gguf":
+        from gguf import GGUFReader
+        import numpy as np
+        found = {t.name: torch.tensor(np.array(t.data, dtype=np.float32)) for t in GGUFReader(path).tensors}
+        pairs = [(found["token_embd.weight"], whole["emb.weight"]), (found["output.weight"], whole["head.weight"])] + [(found[f"blk.{i}.channel_mix_{way}.weight"], whole[f"blocks.{i}.ffn.{way}.weight"]) for i in range(model.config.n_layer) for way in ("key", "value")]
+    else:
+        back = import_(path, tmp_path / "back.pth", say=said.append) if out in ("a", "a.st") else path
+        found = torch.load(back, weights_only=True) if back.suffix == ".pth" else read(back)
+        pairs = [(found[name].view_as(x), x) for name, x in whole.items()]
+    base = load("rwkv7-tiny", device="cpu", dtype=torch.float32).state_dict()
+    assert not torch.equal(whole["blocks.0.ffn.key.weight"], base["blocks.0.ffn.key.weight"])
+    for x, y in pairs:
+        if out in ("a.pth", "a.safetensors", "a"): assert torch.equal(x, y.to(x.dtype))
+        else: assert torch.allclose(x.float(), y.to(torch.bfloat16).float(), rtol=2 ** -10, atol=1e-6)      # float16, of the bundled file's bfloat16
+
+
+# widgets
+
+def widgets():
+    from ipywidgets.widgets import widget
+    return len(widget._instances)
+
+
+def test_the_filter_makes_no_widgets_and_a_new_panel_closes_the_old_one(here, shell):
+    open_panel(shell)
+    panel, held = shell.user_ns["panel"], widgets()
+    for text in ("r", "ra", "rank", "", "nothing like this", ""): panel.parts["filter"].value = text
+    assert widgets() == held
+    for _ in range(3): open_panel(shell, "x")
+    assert widgets() == held and panel.box.comm is None and shell.user_ns["panel"].box.comm is not None
+    panel.set(r=3)                                                                  # the old one is held by somebody: it does nothing, and doesn't fail
+    panel.heard()
+    close(shell.user_ns["panel"])

@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['FLAGS', 'usage_error', 'Options', 'read_line', 'Setting', 'parse_body', 'read_body', 'evaluate', 'located', 'is_ours',
            'as_code', 'help_text', 'complete', 'matcher', 'view_for', 'alive', 'variable', 'refuse_taken', 'past',
-           'WithReport', 'launch', 'refuse_second', 'complaints', 'Finetune', 'show_plan', 'load_ipython_extension']
+           'WithReport', 'launch', 'refuse_second', 'complaints', 'restorer', 'Finetune', 'show_plan',
+           'load_ipython_extension']
 
 # %% ../../nbs/notebook/20_magic.ipynb #a0750a74
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import replace
 from typing import Any, Callable, Mapping, NamedTuple
 import ast
@@ -24,6 +26,7 @@ from .card import LiveCard, TextCard
 from .worker import Worker, wait
 from ..train.config import ConfigError, nearest, settings_table
 from ..train.events import training
+from ..train.optim import methods_of
 from ..train.script import SEED, is_script, read_script
 
 # %% ../../nbs/notebook/20_magic.ipynb #94d5a786
@@ -76,6 +79,7 @@ def parse_body(body: str, known) -> list[Setting]:
     "The settings of a cell in order, nothing evaluated; `known` are the names allowed. UsageError with line and nearest name."
     body = dedent(body)                       # as IPython does with any cell
     try: tree = ast.parse(body)
+    except (RecursionError, MemoryError): raise usage_error("the body holds an expression that is nested too deeply to be read; each line reads `name = value`") from None
     except (SyntaxError, ValueError) as e:
         said = (getattr(e, "text", None) or "").strip()
         raise usage_error(f"body line {getattr(e, 'lineno', None) or 1}: {getattr(e, 'msg', e)}" + (f" in `{said}`" if said else "") + "; each line reads `name = value`") from None
@@ -263,6 +267,24 @@ def complaints(settings: list[Setting]):
         if not is_ours(error): raise
         raise usage_error(located(str(error), settings)) from error
 
+# %% ../../nbs/notebook/20_magic.ipynb #c7d41e88
+def restorer(config: Any) -> Callable[[], None]:
+    "A function that makes the model object of `config` again what it is now: methods, packing, flags, mode, hooks, settings. Values are copied only for settings that change them in place. A model that is named needs nothing."
+    model = config.model
+    if not hasattr(model, "modules"): return lambda: None
+    rewritten = config.adapter or config.resume or any(getattr(m, "rewrites", False) for m in methods_of(config))
+    parts = [(part, {name: copy(value) if isinstance(value, dict) else value for name, value in vars(part).items()}) for part in model.modules()]
+    tensors = [(x, x.data, x.detach().to("cpu", copy=True) if rewritten else None, x.requires_grad) for x in (*model.parameters(), *model.buffers())]
+    def back():
+        for part, held in parts:
+            vars(part).clear()
+            vars(part).update(held)
+        for x, data, values, trains in tensors:
+            x.data = data
+            if values is not None: data.copy_(values)
+            x.requires_grad_(trains)
+    return back
+
 # %% ../../nbs/notebook/20_magic.ipynb #1d697d8a
 class Finetune:
     "`%%rwkv_finetune NAME`: settings as `name = expression` lines, or as the flags of an RWKV-PEFT script. `--help` lists them."
@@ -279,7 +301,10 @@ class Finetune:
         refuse_taken(options.name, self.shell.user_ns)
         with complaints(settings):
             run = self.make(options, settings)
-            if "dry-run" in options.flags: return show_plan(options.name or "run", run.plan())
+            if "dry-run" in options.flags:
+                back = restorer(run.config)
+                try: return show_plan(options.name or "run", run.plan())
+                finally: back()
             for name in filter(None, ["run", variable(options.name)]): self.shell.user_ns[name] = run
             launch(run, view_for(self.shell), options.name or "run", "background" in options.flags)
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 import ast
 import json
+import math
 import re
 import shlex
 from .magic import Options, Setting, as_code, read_body, read_line, usage_error
@@ -38,9 +39,13 @@ def read_field(row: Mapping, text: Any, names: Mapping) -> Any:
     text = text.strip()
     if not text: return None
     if looked_up(row, text, names): return names[text]
-    if kind_of_field(row) == "plain": return text
-    try: return literal(text)
+    if kind_of_field(row) == "plain" and text[0] not in "\"'": return text
+    try: value = literal(text)
     except ValueError as e: raise ConfigError(f"{row['name']}: {e}") from None
+    if not _is_finite(value): raise ConfigError(f"{row['name']}: expected a finite number, got {value}")
+    return value
+
+def _is_finite(value: Any) -> bool: return not isinstance(value, float) or math.isfinite(value)
 
 # %% ../../nbs/notebook/30_panel_form.ipynb #66260634
 def as_toml(value: Any) -> str:
@@ -56,16 +61,17 @@ def field_text(row: Mapping, value: Any, names: Mapping) -> Any:
     kind = kind_of_field(row)
     if value is None: return ""
     if kind in ("words", "check", "int", "float"): return value
-    if not is_literal(value):
+    if _by_name(row, value):
         found = next((name for name, held in names.items() if held is value and name.isidentifier() and not name.startswith("_")), None)
         if found is None: raise ValueError(f"{row['name']}: a {type(value).__name__} is shown by the name of a variable that holds it, and there is none")
         return found
-    bare = isinstance(value, str) and "\n" not in value and value == value.strip()
-    return value if bare and (kind == "plain" or _reads_as(value)) else as_toml(value)
+    try: bare = isinstance(value, str) and not set("\r\n") & set(value) and not looked_up(row, value, {value}) and read_field(row, value, {}) == value
+    except ConfigError: bare = False
+    return value if bare else as_toml(value)
 
-def _reads_as(text: str) -> bool:
-    try: return literal(text) == text
-    except ValueError: return False
+def _by_name(row: Mapping, value: Any) -> bool:
+    "Whether a field shows `value` by the name of a variable: an object, or a list where a text is a path."
+    return value is not None and not is_literal(value) or row["expects"] == "a value" and not row["allowed"] and isinstance(value, (list, tuple, dict))
 
 # %% ../../nbs/notebook/30_panel_form.ipynb #46207d6c
 def is_literal(value: Any) -> bool:
@@ -118,7 +124,15 @@ class Field:
     default = property(lambda self: self.value() == self.row["default"] if is_literal(self.value()) or self.value() is None else False)
 
     def value(self) -> Any: return read_field(self.row, self.text, self.names)
-    def set(self, value: Any): self.widget.value = field_text(self.row, self.row["default"] if value is None else value, self.names)
+    def set(self, value: Any):
+        "Shows `value`; None is the default. ConfigError when a widget for numbers or words can't hold it."
+        from traitlets import TraitError
+        value = self.row["default"] if value is None else value
+        text = field_text(self.row, value, self.names)
+        try: self.widget.value = text
+        except (TraitError, TypeError, ValueError): pass
+        if self.widget.value != text or _by_name(self.row, value) and self.value() is not value: raise ConfigError(f"{self.name}: expected {self.row['expects']}, got {value!r}")
+
     def complain(self, sentence: str = ""):
         said = str(beside(self.row, sentence.removeprefix(f"{self.name}: ")))
         if said != self.note.value: self.note.value = said
@@ -136,8 +150,15 @@ def complaints_of(error: Exception, known: Mapping) -> dict[str, str]:
 def cell_of(fields: Mapping[str, Field]) -> str:
     "The `%%rwkv_finetune` cell that the fields stand for; only settings that differ from their defaults."
     said = {name: field for name, field in fields.items() if not field.default}
-    first = ["%%rwkv_finetune", *([shlex.quote(said["name"].value())] if "name" in said else []), *(["--resume"] if "resume" in said else [])]
-    return "\n".join([" ".join(first), *(f"{name} = {field.source()}" for name, field in said.items() if name not in ("name", "resume"))])
+    above = {"resume"} | ({"name"} if "name" in said and _on_a_line(said["name"].value()) else set())
+    first = ["%%rwkv_finetune", *([shlex.quote(said["name"].value())] if "name" in above else []), *(["--resume"] if "resume" in said else [])]
+    return "\n".join([" ".join(first), *(f"{name} = {field.source()}" for name, field in said.items() if name not in above)])
+
+def _on_a_line(name: str) -> bool:
+    "Whether the first line of a cell can say a run's name: it's read back from it, and IPython doesn't fill in variables."
+    from IPython.core.error import UsageError
+    try: return not set("${") & set(name) and read_line(shlex.quote(name)) == Options(name)
+    except UsageError: return False
 
 # %% ../../nbs/notebook/30_panel_form.ipynb #2f403a37
 def python_of(cell: str) -> str:
@@ -159,8 +180,11 @@ def read_cell(cell: str, names: Mapping, note: Callable[[str], None] = lambda sa
     for said in notes: note(said)
     def one(s):
         if isinstance(s.tree, ast.Name) and s.source in names: return names[s.source]
-        try: return ast.literal_eval(s.tree)
-        except ValueError: raise usage_error(f"body line {s.line}: `{s.source}` would have to be evaluated; here only literals are read, and names of variables: put it into a variable first") from None
+        try: value = ast.literal_eval(s.tree)
+        except TypeError as e: raise usage_error(f"body line {s.line}: `{s.source}` is no value ({e})") from None
+        except (ValueError, RecursionError): raise usage_error(f"body line {s.line}: `{s.source}` would have to be evaluated; here only literals are read, and names of variables: put it into a variable first") from None
+        if isinstance(value, (bytes, complex, type(...))) or not _is_finite(value): raise usage_error(f"body line {s.line}: `{s.source}` is {value}, which no setting takes")
+        return value
     values = {s.name: one(s) for s in settings} | ({"resume": True} if "resume" in options.flags else {})
     if options.name and "name" in values: raise ConfigError("name: is said twice, on the first line and in the body; keep one")
     return values | ({"name": options.name} if options.name else {})

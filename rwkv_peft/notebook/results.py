@@ -17,15 +17,22 @@ from ..train.folder import load_config
 
 # %% ../../nbs/notebook/32_results.ipynb #b2af3770
 def write_result(folder: str | Path, out: str | Path, *, state: bool = False, say: Callable[[str], None] = print) -> Path:
-    """The model that the run in `folder` trained, base and adapter in one, as `out`: .pth, .safetensors, .st, .gguf, or a folder for Hugging Face. Returns the path.
+    """The model that the run in `folder` trained, base and adapter in one, as `out`: .pth, .safetensors, .st, .gguf, or a folder for Hugging Face. Returns the path; its folder is made.
 
     state: a tuned state goes in too (.pth and .safetensors). CheckpointError, AdapterError and ConfigError say what doesn't fit, and that something is there already."""
     folder, out = Path(folder), refuse_existing(out)
     kind = format_of(out)
-    if (folder / "model.pth").exists(): return export(folder / "model.pth", out, say=say)
-    if not (folder / "adapter").is_dir(): raise ConfigError(f"name: run {folder.name!r} holds no result yet: let it come to its end, or stop it")
-    base = load_config(folder, {}).model
-    if base is None: raise ConfigError(f"model: run {folder.name!r} was made over a model object that has no file; merge that in Python: merge(run.model), then export(run.model, {str(out)!r})")
+    base = _base_of(folder, out)
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    if base is None: return export(folder / "model.pth", out, say=say)
     if kind in ("pth", "safetensors"): return merge_files(base, folder, out, state=state, say=say)
     with TemporaryDirectory(dir=out.absolute().parent) as between:
         return export(merge_files(base, folder, Path(between, "merged.safetensors"), say=say), out, say=say)
+
+def _base_of(folder: Path, out: Path) -> str | None:
+    "The base that a run's adapter is to be merged into; None where the run has written the whole model."
+    if (folder / "model.pth").exists(): return None
+    if not (folder / "adapter").is_dir(): raise ConfigError(f"name: run {folder.name!r} holds no result yet: let it come to its end, or stop it")
+    base = load_config(folder, {}).model
+    if base is None: raise ConfigError(f"model: run {folder.name!r} was made over a model object that has no file; merge that in Python: merge(run.model), then export(run.model, {str(out)!r})")
+    return base

@@ -21,7 +21,7 @@ class StateLab:
         self.model, self.prompt, self.max_tokens = model, prompt, max_tokens
         self.memory = memory(model if source is None else source)
         self.strip = strip(model, prompt, self.memory, sorted({0.0, *stops}), max_tokens)
-        self.texts, self.pictures = dict(self.strip.texts), {}
+        self.texts, self.pictures, self.box = dict(self.strip.texts), {}, None
 
     def sample(self, share: float) -> Html:
         "What the model writes at `share`, underlined from where it departs from the base model."
@@ -31,6 +31,7 @@ class StateLab:
 
     def controls(self) -> Any:
         "The slider and the menus, made once: a widget. Moving them updates the pictures that `show` displayed."
+        if self.box is not None: return self.box
         import ipywidgets as W
         L, H = self.memory.shape[:2]
         menu = lambda what, n: W.Dropdown(options=[(f"all {what}s", -1), *((f"{what} {i}", i) for i in range(n))], value=-1, description=what)
@@ -38,20 +39,24 @@ class StateLab:
         self.layer, self.head = menu("layer", L), menu("head", H)
         self.slider.observe(lambda change: self.draw("sample"), "value")
         for chosen in (self.layer, self.head): chosen.observe(lambda change: self.draw("mosaic"), "value")
-        return W.VBox([self.slider, W.HBox([self.layer, self.head])])
+        self.box = W.VBox([self.slider, W.HBox([self.layer, self.head])])
+        return self.box
+
+    def drawn(self, which: str) -> Any:
+        "The picture `which` (sample or mosaic), as the controls stand."
+        return attempt(lambda: self.sample(self.slider.value) if which == "sample" else mosaic(self.memory, *(menu.value if menu.value >= 0 else None for menu in (self.layer, self.head))))
 
     def draw(self, which: str) -> None:
-        "Make the picture `which` (sample or mosaic) again, as the controls stand."
-        drawn = attempt(lambda: self.sample(self.slider.value) if which == "sample" else mosaic(self.memory, *(menu.value if menu.value >= 0 else None for menu in (self.layer, self.head))))
-        if self.pictures.get(which): self.pictures[which].update(drawn)
+        "Make the picture `which` again, wherever it is shown."
+        if self.pictures.get(which): self.pictures[which].update(self.drawn(which))
 
     def show(self) -> None:
-        "Display the strip, the controls and both pictures."
+        "Display the strip, the controls and both pictures; shown twice, they are the same ones in two places."
         from IPython.display import display
         display(self.strip)
-        controls = self.controls()
-        display({"application/vnd.jupyter.widget-view+json": {"version_major": 2, "version_minor": 0, "model_id": controls.model_id},
-                 "text/plain": "(a slider and two menus, which need a live kernel; the pictures below are as they were left)"}, raw=True)
-        self.pictures = {"sample": display(attempt(lambda: self.sample(1)), display_id=True), "mosaic": display(attempt(lambda: mosaic(self.memory)), display_id=True)}
+        view = {"version_major": 2, "version_minor": 0, "model_id": self.controls().model_id}
+        display({"application/vnd.jupyter.widget-view+json": view, "text/plain": "(a slider and two menus, which need a live kernel; the pictures below are as they were left)"}, raw=True)
+        for which in ("sample", "mosaic"):
+            self.pictures[which] = display(self.drawn(which), display_id=getattr(self.pictures.get(which), "display_id", True))
 
     def _ipython_display_(self) -> None: self.show()
