@@ -88,6 +88,11 @@ def _mosaic_words(S: Tensor, layers: list[int], heads: list[int], block: int, to
     return (f"Mosaic of a starting memory, {len(layers)} layers by {len(heads)} heads, scale ±{top:.3g}; the strongest is {said(strong)}, the weakest {said(weak)}"
             + (f"; not finite, and counted as 0: {lost}" if lost else "") + (f"; each cell shows the extreme of {block} × {block} numbers" if block > 1 else ""))
 
+def _broken(whole: Tensor, layers: Sequence[int], heads: Sequence[int]) -> str:
+    "The places where `whole`, of these layers and heads, isn't true, the first few of them in words."
+    lost = [f"layer {layers[i]}, head {heads[h]}" for i, h in (~whole).nonzero().tolist()]
+    return "; ".join(lost[:6]) + (f" and {len(lost) - 6:,} more" if len(lost) > 6 else "")
+
 def _mosaic_axes(axes: Any, layers: list[int], heads: list[int], side: int) -> None:
     if len(layers) == len(heads) == 1: return axes.set(xlabel="key", ylabel="value", xticks=[], yticks=[])
     for ticks, numbers, say in ((axes.set_xticks, heads, axes.set_xlabel), (axes.set_yticks, layers, axes.set_ylabel)):
@@ -103,11 +108,6 @@ def spectrum(source: Any) -> Tensor:
     values = torch.full(S.shape[:3], math.nan)
     values[whole] = torch.linalg.svdvals(S[whole])
     return values
-
-def _broken(whole: Tensor, layers: Sequence[int], heads: Sequence[int]) -> str:
-    "The places where `whole`, of these layers and heads, isn't true, the first few of them in words."
-    lost = [f"layer {layers[i]}, head {heads[h]}" for i, h in (~whole).nonzero().tolist()]
-    return "; ".join(lost[:6]) + (f" and {len(lost) - 6:,} more" if len(lost) > 6 else "")
 
 # %% ../../nbs/look/30_states.ipynb #cc3435a0
 def directions(values: Tensor, share: float = .5) -> Tensor:
