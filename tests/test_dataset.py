@@ -172,6 +172,15 @@ def test_nothing_in_a_row_moves_the_cursor(text):
     assert visible("plain 你好 😀") == "plain 你好 😀" and visible("\x1b[2J\u202e\x9b") == "\\x1b[2J\\u202e\\x9b"
 
 
+def test_reports_and_problems_are_plain_text_that_moves_nothing():
+    data = read_data([{"text": "\x1b[2J\u202eשלוםمرحبا\x1b[0m", "\x1b[31m\u2066key": "b"}] * 2, World())
+    data.facts.update(source="\x1b]0;x\x07 \u202efile", place="\x1b[1mשורה")
+    for said in (repr(data.report()), repr(data.check())):
+        assert not [c for c in said if unicodedata.category(c) in ("Cc", "Cf") and c != "\n"], said
+    assert "שורה" in repr(data.check()) and "\\u202efile" in repr(data.report())                 # letters that run from right to left stay
+    assert "\\x1b[2J\\u202eשלוםمرحبا" in show_text(data[0], World())
+
+
 @settings(max_examples=60, deadline=None)
 @given(TEXT, TEXT)
 def test_the_terminal_underlines_what_is_trained(prompt, answer):

@@ -143,6 +143,13 @@ def test_files_of_no_tensors_are_named_and_nothing_runs(tmp_path, capsys):
     with pytest.raises(CheckpointError, match="doesn't exist"): checkpoint_card(tmp_path / "nothing.pth")
 
 
+def test_odd_tensors_are_named_on_the_card(tmp_path):
+    scalars = {"blocks.0.att.key.lora_A.weight": torch.tensor(1.), "blocks.0.att.key.lora_B.weight": torch.tensor(1.)}
+    for tensors, said in ((scalars, "not told by the shapes"), ({1: torch.zeros(2)}, "a tensor under 1, of type int"), ({"emb.weight": torch.eye(4).to_sparse()}, "'emb.weight' as a tensor of layout sparse_coo")):
+        torch.save(tensors, tmp_path / "odd.pth")
+        assert said in text(checkpoint_card(tmp_path / "odd.pth"))
+
+
 def test_states_and_adapters(tmp_path):
     model = attach(new_model(), StateTuning())
     with torch.no_grad():

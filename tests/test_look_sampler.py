@@ -12,7 +12,7 @@ from rwkv_peft.look import sampler as look
 from rwkv_peft.look.sampler import Recording, beside, branches, inspect, load_recording, record, redraw, rerun, save_recording, seen_before, stages_of, state_at, tree, what_if
 from rwkv_peft.model.files import CheckpointError
 from rwkv_peft.model.rwkv import RWKV, RWKVConfig
-from rwkv_peft.model.sample import SampleError, Sampler, generate
+from rwkv_peft.model.sample import SampleError, Sampler, generate, softmax
 from rwkv_peft.model.tokenizer import Bytes, World
 
 torch.set_num_threads(1)
@@ -47,6 +47,31 @@ def test_probabilities_are_the_rwkv_packages(theirs, name):
     for settings in SETTINGS:
         ours = last(Sampler(**settings).stages(logits.numpy(), {}))
         np.testing.assert_allclose(ours, theirs(logits, **settings), atol=1e-6, rtol=0, err_msg=str(settings))
+
+
+def test_low_temperatures_are_exact_and_the_rwkv_packages_where_its_powers_are(theirs):
+    finite = 0
+    for name, logits in {**rows(), "wide": torch.randn(65536, generator=torch.Generator().manual_seed(1)) * .2}.items():
+        for T in (1e-45, 1e-6, .02, .05, .1, .3):
+            ours = last(Sampler(temperature=T, top_p=.85).stages(logits.numpy(), {}))
+            with np.errstate(all="ignore"): other = theirs(logits, temperature=T, top_p=.85, top_k=0)
+            if float(softmax(logits.numpy()).max()) ** (1 / T) > 1e-30:                       # there its powers stay in float32
+                finite += 1
+                np.testing.assert_allclose(ours, other, atol=1e-6, rtol=0, err_msg=f"{name} {T}")
+            kept = last(Sampler(top_p=.85).stages(logits.numpy(), {})) > 0
+            exact = np.where(kept, (logits.double().numpy() - logits.double().max().item()) / T, -np.inf)
+            np.testing.assert_allclose(ours, np.exp(exact) / np.exp(exact).sum(), atol=1e-5, rtol=0, err_msg=f"{name} {T}")
+    assert 10 < finite < 42
+
+
+@pytest.mark.parametrize("T", [5e-324, 1e-42, 1e-30, .05, 1e30, 1e300])
+def test_any_temperature_can_be_drawn_from_in_hugging_faces_order(T):
+    for shift in (-500, 0, 500):                                                        # where zero lies says nothing
+        scores = rows()["plain"].numpy() + np.float32(shift)
+        scores[5] = -np.inf
+        ours = last(Sampler(temperature=T, top_p=1, order="hf").stages(scores, {}))
+        exact = np.exp((scores.astype(np.float64) - float(scores.max())) / np.float64(max(T, 1e-40)))
+        np.testing.assert_allclose(ours, exact / exact.sum() if T < 1e29 else (scores > -np.inf) / 299, atol=1e-4, rtol=0)
 
 
 def transformers_distribution(logits, temperature=1., top_p=1., top_k=0, prompt=(), repetition=1., bias=None, ban=()):
@@ -209,6 +234,13 @@ def test_beside_is_the_difference_of_two_readings(model):
         order = lambda row: np.argsort(-row, kind="stable").tolist()
         assert x.favourites[t].tolist() == [a[t].argmax(), b[t].argmax()] and x.ranks[t].tolist() == [order(a[t]).index(b[t].argmax()), order(b[t]).index(a[t].argmax())]
         assert x.changes[t][0][0] == (np.exp(b[t]) - np.exp(a[t])).argmax() and x.changes[t][3][0] == (np.exp(b[t]) - np.exp(a[t])).argmin()
+        with torch.no_grad(): raw = [m(torch.tensor([ids]))[0][0, t].double().numpy() for m in (model, tuned)]
+        higher = (raw[1] - raw[1].mean()) - (raw[0] - raw[0].mean())                    # logits as the heads give them, each from its mean
+        assert abs(x.logits[t] - higher[ids[t + 1]]) < 1e-4 and all(abs(up - higher[token]) < 1e-4 for token, _, _, up in x.changes[t])
+    shifted = RWKV(model.config)
+    shifted.load_state_dict(model.state_dict())
+    shifted.head.register_parameter("bias", torch.nn.Parameter(torch.full((257,), 5.)))             # all logits higher by 5 say nothing else
+    assert np.abs(beside(model, shifted, "ab").logits).max() < 1e-4
     assert len(beside(model, tuned, "ab", max_tokens=5).tokens) in range(3, 8) and "<b>sea" in safe(x._repr_html_()).text
     assert beside(model, model, "ab").kl.max() == 0
     with pytest.raises(SampleError, match="vocabularies"): beside(model, RWKV(replace(model.config, vocab_size=300)), "ab")

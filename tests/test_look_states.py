@@ -1,6 +1,7 @@
 "Figures of memories against numbers computed another way: numpy, the model on each prefix, one write at a time, and what base and tuned model write themselves."
 import math
 import re
+import threading
 
 import numpy as np
 import pytest
@@ -82,6 +83,20 @@ def test_blocks_show_their_extremes():
     x = torch.randn(2, 12, 12, generator=torch.Generator().manual_seed(1))
     want = [[[max((v for row in m[i:i + 3] for v in row[j:j + 3]), key=abs) for j in range(0, 12, 3)] for i in range(0, 12, 3)] for m in x.tolist()]
     assert torch.equal(look.extremes(x, 4), torch.tensor(want))
+
+
+def test_heads_that_are_not_finite_are_named_and_the_others_measured():
+    S = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    whole = look.spectrum(S)
+    S[0, 1, 2, 2], S[1, 2, 0, 0] = math.nan, -math.inf
+    values, hurt = look.spectrum(S), torch.tensor([[False, True, False], [False, False, True]])
+    assert values[hurt].isnan().all() and torch.equal(values[~hurt], whole[~hurt])
+    said = Tags(look.spectra(S)).text
+    assert "layer 0, head 1; layer 1, head 2" in said and "nan" not in said and "inf" not in said.replace("finite", "")
+    assert "not finite" not in Tags(look.spectra(torch.ones(1, 1, 2, 2))).text
+    alt = look.mosaic(S).alt
+    assert "layer 0, head 1; layer 1, head 2" in alt and "nan" not in alt
+    assert "–" in Tags(look.spectra(torch.full((1, 2, 4, 4), math.nan))).text and look.mosaic(torch.full((1, 1, 4, 4), math.nan)).data
 
 
 def test_the_mosaic_says_what_it_shows():
@@ -176,6 +191,32 @@ def test_listening_changes_nothing_and_leaves_nothing(version):
     with look.listening(model, lambda layer, call: heard.append(layer), [1]): during = model(tokens)[0]
     with pytest.raises(ZeroDivisionError), look.listening(model, lambda layer, call: 1 / 0): model(tokens)
     assert heard == [1] and torch.equal(before, during) and torch.equal(before, model(tokens)[0])
+    assert all("recurrence" not in vars(block.att) for block in model.blocks)
+
+
+def test_listeners_stand_inside_each_other_and_hear_their_own_thread_only():
+    model, tokens, outer, inner = make(), torch.tensor([[0, 9, 250]]), [], []
+    def elsewhere():
+        with torch.no_grad(): model(torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]]))
+    with look.listening(model, lambda layer, call: outer.append((layer, len(call.r)))):
+        with look.listening(model, lambda layer, call: inner.append((layer, len(call.r))), [1]): model(tokens)
+        model(tokens)
+        thread = threading.Thread(target=elsewhere)
+        thread.start(), thread.join()
+    assert inner == [(1, 3)] and outer == [(0, 3), (1, 3)] * 2
+    assert all("recurrence" not in vars(block.att) for block in model.blocks)
+
+
+def test_looks_at_one_model_from_many_threads_are_each_their_own():
+    model, texts = make(), ["a", "some text", "another, longer text"]
+    want, found, go = [look.state_over(model, t).norm for t in texts], {}, threading.Barrier(3)
+    def work(i):
+        go.wait()
+        found[i] = [(look.state_over(model, texts[i]).norm, look.who_wrote(model, texts[i], 1, 2).shares().sum()) for _ in range(5)]
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
+    for t in threads: t.start()
+    for t in threads: t.join()
+    assert all(torch.equal(norm, want[i]) and abs(share - 1) < 1e-9 for i in range(3) for norm, share in found[i])
     assert all("recurrence" not in vars(block.att) for block in model.blocks)
 
 

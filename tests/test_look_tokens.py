@@ -12,11 +12,12 @@ from rwkv_peft import LoRA, RWKV, RWKVConfig, StateTuning, attach, read_data
 from rwkv_peft.data.chat import TEMPLATES
 from rwkv_peft.data.masks import Example, encode_segments
 from rwkv_peft.data.rows import DataError
-from rwkv_peft.look.tokens import WorstRows, compare, judged, loss_ribbon, read_losses, roles_of, spelled, worst_rows
+from rwkv_peft.look.tokens import WorstRows, compare, example_of, judged, loss_ribbon, read_losses, roles_of, spelled, worst_rows
 from rwkv_peft.model.state import State
 from rwkv_peft.model.tokenizer import Bytes, World
 from rwkv_peft.show.html import token_ribbon
 from rwkv_peft.train.evaluate import evaluate
+from rwkv_peft.train.infctx import infctx
 
 torch.set_num_threads(1)
 
@@ -92,6 +93,22 @@ def test_reading_changes_nothing_in_the_model():
     assert not model.training
     bare = small()
     assert not torch.allclose(read_losses(bare, [0, 5, 6, 7, 8]).nats, first.nats)                # the adapter was heard
+
+
+def test_a_model_that_is_training_in_pieces_keeps_its_modes_while_it_is_looked_at():
+    model = attach(small(), LoRA(r=4, dropout=.9))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if ".adapter." in name: p.normal_()
+    rows = [example_of([0, 5, 6, 7, 8, 9], Bytes()), example_of([0, 4, 4, 4, 4], Bytes())]
+    want = [evaluate(model.eval(), [row])["loss"] for row in rows]
+    infctx(model.train(), 2)
+    model.blocks[0].eval()
+    modes, seen = [m.training for m in model.modules()], []
+    model.ln_out.register_forward_hook(lambda module, given, y: seen.append([m.training for m in model.modules()]))
+    assert [read_losses(model, row).loss for row in rows] == pytest.approx(want, rel=1e-5)
+    assert sorted(row["loss"] for row in worst_rows(model, rows)) == pytest.approx(sorted(want), rel=1e-5)
+    assert len(seen) > 4 and all(then == modes for then in seen) and [m.training for m in model.modules()] == modes
 
 
 def test_a_tuned_memory_is_the_state_that_it_stands_for():

@@ -3,8 +3,10 @@ import numpy as np
 import pytest
 import torch
 from rwkv_peft.model.rwkv import RWKV, RWKVConfig
-from rwkv_peft.model.sample import Sampler, generate
+from rwkv_peft.model.sample import Sampler, generate, read, still, twin
 from rwkv_peft.model.tokenizer import Bytes
+from rwkv_peft.peft import DoRA, LoRA, attach
+from rwkv_peft.train.infctx import infctx
 
 SETTINGS = [dict(temperature=t, top_p=p, top_k=k) for t in (0, .5, 1., 1.7) for p in (0., .3, .85, 1.) for k in (0, 1, 7, 1000)]
 
@@ -39,6 +41,7 @@ class Replay(torch.nn.Module):
         super().__init__()
         self.rows, self.at, self.emb, self.tokenizer = rows, 0, torch.nn.Embedding(1, 1), Bytes()
         self.head = lambda x: x
+        self.eval()                                                        # it counts, so that a twin would count by itself
     def hidden(self, tokens, state):
         self.at += 1
         return self.rows[self.at - 1].view(1, 1, -1).expand(1, tokens.shape[1], -1), self.at
@@ -142,8 +145,39 @@ def test_training_mode_and_gradients_are_left_alone(model):
     assert isinstance(next(iter(model.generate("a", max_tokens=40, sampler=Sampler(seed=0, ban=(0,))))), str)
 
 
+@pytest.mark.parametrize("method", [LoRA(r=4, dropout=.5), DoRA(r=4, dropout=.5)], ids=["lora", "dora"])
+def test_a_model_that_trains_elsewhere_is_read_without_dropout_and_without_being_touched(method):
+    "Modes as another thread would see them, written down by a hook in the middle of the reading."
+    torch.manual_seed(3)
+    model = attach(RWKV(RWKVConfig(n_layer=2, n_embd=64, head_size=16, vocab_size=257)), method)
+    with torch.no_grad():
+        for p in model.parameters(): p += .15 * torch.randn_like(p)
+    quiet, seen = read(model.eval(), [[1, 2, 3]])[0], []
+    model.train()
+    model.blocks[0].eval()
+    modes = [m.training for m in model.modules()]
+    model.blocks[1].ffn.register_forward_hook(lambda module, given, y: seen.append((module.training, [m.training for m in model.modules()])))
+    assert (read(model, [[1, 2, 3]])[0] == quiet).all() and (read(model, [[1, 2, 3]])[0] == quiet).all()
+    assert seen == [(False, modes)] * 2 and [m.training for m in model.modules()] == modes
+    model.blocks[1].ffn._forward_hooks.clear()
+    assert not torch.equal(model(torch.tensor([[1, 2, 3]]))[0], model(torch.tensor([[1, 2, 3]]))[0])         # it still drops
+
+
+def test_a_twin_shares_all_tensors_and_reads_in_pieces_by_itself():
+    model = infctx(attach(RWKV(RWKVConfig(n_layer=2, n_embd=64, head_size=16, vocab_size=257)), DoRA(r=4, dropout=.5)), 3).train()
+    other, tokens = twin(model), torch.arange(1, 9)[None]
+    assert {n: id(x) for n, x in other.state_dict(keep_vars=True).items()} == {n: id(x) for n, x in model.state_dict(keep_vars=True).items()}
+    assert not {*other.modules()} & {*model.modules()} and still(other) is other and still(model) is not model
+    with torch.no_grad():
+        for p in model.parameters(): p += .15 * torch.randn_like(p)
+        for more in ({}, {"targets": tokens}): assert torch.equal(other(tokens, **more)[0], other(tokens, **more)[0]) and not torch.equal(model(tokens, **more)[0], model(tokens, **more)[0])
+        other(tokens)
+        kept = model.blocks[0].att.key.adapter.kept[1]
+        assert torch.equal(twin(model)(tokens)[0], other(tokens)[0]) and model.blocks[0].att.key.adapter.kept[1] is kept          # DoRA's row lengths are computed once for all of them
+
+
 def test_bad_input_is_one_sentence(model):
-    for call, word in ((lambda: generate(model, []), "nothing to go on"), (lambda: Sampler(top_p=2), "top_p=2"), (lambda: Sampler(temperature=-1), "temperature=-1"),
+    for call, word in ((lambda: generate(model, []), "nothing to go on"), (lambda: Sampler(top_p=2), "top_p=2"), (lambda: Sampler(temperature=-1), "temperature=-1"), (lambda: Sampler(temperature=np.inf), "finite"), (lambda: Sampler(repetition=1e-44).stages(np.ones(9, np.float32), {2: 1.}), "not finite"),
                        (lambda: list(generate(Replay(torch.full((3, 257), torch.nan)), "x")), "not finite"), (lambda: list(generate(model, "x", 3, Sampler(ban=tuple(range(257))))), "not finite")):
         with pytest.raises(ValueError, match=word) as e: call()
         assert "\n" not in str(e.value)

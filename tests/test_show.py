@@ -160,6 +160,12 @@ def test_ticks_are_inside_and_evenly_spaced(low, width):
     assert all(low - room <= t <= high + room for t in found)
 
 
+@pytest.mark.parametrize("width", [5e-324, 2e-323, 1e-310, 1e-301, 1e-299])
+def test_numbers_too_close_to_divide_are_drawn_as_one(width):
+    assert len(ticks(0, width)) <= 7
+    for series in ({"a": ([0, 1], [0, width])}, {"a": ([0, width], [0, 1])}, {"a": ([0, width], [-width, width])}): assert "nan" not in curve(series, title="t") and curve_png(series)
+
+
 @pytest.mark.parametrize("series", [{}, {"a": ([], [])}, {"a": ([1], [1])}, {"a": ([1, 2], [math.nan, math.inf])}, {"a": ([0, 1], [1e308, -1e308])}, {"$x$ _": (range(9), range(9))}])
 def test_png_of_odd_series(series):
     png = curve_png(series, title="a $ b")

@@ -52,7 +52,7 @@ class Report(dict):
 
     def __repr__(self) -> str:
         wide = max((len(k) for k, _ in self.lines()), default=0)
-        return "\n".join([f"{k:<{wide}}  {v}" for k, v in self.lines()] + [f"! {note}" for note in self.get("notes", [])])
+        return "\n".join([f"{k:<{wide}}  {visible(v)}" for k, v in self.lines()] + [f"! {visible(note)}" for note in self.get("notes", [])])
 
     def _repr_html_(self) -> str:
         notes = [tag("div", "⚠ ", note) for note in self.get("notes", [])]
@@ -171,7 +171,7 @@ def repeats(texts: Sequence[str], near: float | None = None) -> list[tuple[int, 
 class Problems(list):
     "Rows of {row, problem}, as a table in notebooks and lines in shells; `notes` says how far was looked."
     notes: tuple = ()
-    def __repr__(self) -> str: return "\n".join([f"{p['row']}: {p['problem']}" for p in self] or ["no problems found"]) + "".join(f"\n({note})" for note in self.notes)
+    def __repr__(self) -> str: return "\n".join([visible(f"{p['row']}: {p['problem']}") for p in self] or ["no problems found"]) + "".join(f"\n({note})" for note in self.notes)
     def _repr_html_(self) -> str:
         shown = table([[p["row"], p["problem"]] for p in self], ["row", "problem"]) if self else escape("no problems found")
         return str(tag("div", shown, *(tag("div", note) for note in self.notes)))

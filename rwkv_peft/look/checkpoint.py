@@ -180,7 +180,7 @@ def adapter_facts(tensors: dict[str, Tensor]) -> dict:
     "Name -> text, for an adapter's tensors: its methods, ranks and matrices."
     parts = [m for m in map(_ADAPTER.match, tensors) if m]
     ends, rank = Counter(m[2].split(".")[-1] if m[2].startswith("adapter") else m[2] for m in parts), lambda m: tensors[m.string].shape[-1 if m[2].endswith(("lora_B", "bone", "adapter.B")) else 0]
-    ranks = sorted({int(rank(m)) for m in parts if m[2] in ("lora_A", "miss_block", "bone_block", "adapter.A", "bone", "disha")})
+    ranks = sorted({int(rank(m)) for m in parts if tensors[m.string].dim() and m[2] in ("lora_A", "miss_block", "bone_block", "adapter.A", "bone", "disha")})
     word = "LoRA with magnitudes (DoRA)" if ends["lora_magnitude_vector"] or ends["m"] else "LoRA, or one of its kin" if ends["lora_A"] or ends["A"] else "MiSS" if ends["miss_block"] else "Bone or MiSS" if any(ends[k] for k in ("bone", "bone_block", "disha", "D")) else "a method of Hugging Face's peft"
     matrices = Counter(re.sub(r"^.*?blocks\.\d+\.", "", m[1]) for m in parts)
     whole = [n for n in tensors if not _ADAPTER.match(n)]

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from ..model.files import CheckpointError, read_tensors, write_tensors
-from ..model.sample import Generation, SampleError, Sampler, count, generate, join, read
+from ..model.sample import Generation, SampleError, Sampler, count, generate, join, read, still
 from ..model.state import State
 from ..model.tokenizer import Bytes, World, tokenizer_for
 from ..show.html import AS_TEXT, Html, table, tag, token_ribbon
@@ -237,8 +237,8 @@ class WhatIf:
         rounded = " The scores were stored as float16; that alone can change a draw." if r.logits.dtype == torch.float16 else ""
         if self.compared is not None and i is None: return tag("div", f"No difference in the first {self.compared} of {len(r)} tokens; looking on …")
         if i is None: return tag("div", f"The same random numbers draw the same {len(r) - r.begin} tokens." + rounded)
-        p = lambda sampler, t: f"{stages_of(r, i, sampler)[-1].p[t]:.1%}"
-        shown = lambda t: tag("span", _shown(piece(r.tokenizer, t)), f" ({p(r.sampler, t)} → {p(self.sampler, t)})")
+        before, after = ([*s.stages(r.scores(i), seen_before(r, i, s.decay), r.prompt).values()][-1] for s in (r.sampler, self.sampler))
+        shown = lambda t: tag("span", _shown(piece(r.tokenizer, t)), f" ({before[t]:.1%} → {after[t]:.1%})")
         return tag("div", f"The first difference is token {i}: in place of ", shown(r.tokens[i]), " the same random number draws ", shown(self.token), f". What follows stands on the old text and isn't compared; rerun(recording, {i}, sampler) writes it anew." + rounded)
     def _repr_html_(self) -> str:
         legend = "" if self.first is None else f"Orange and dashed: token {self.first}, the first that is drawn differently; after it, unpainted, the old text."
@@ -335,7 +335,8 @@ class Beside:
     surprise: np.ndarray            # (T, 2) bits of the token itself: base, tuned
     favourites: np.ndarray          # (T, 2) the likeliest token of base, of tuned
     ranks: np.ndarray               # (T, 2) from 0: of tuned's favourite by base, of base's by tuned
-    changes: list[tuple]            # T times the three that gained most and the three that lost most: (token, p of base, p of tuned)
+    logits: np.ndarray              # (T,) how much higher tuned's logit of the token itself is, in nats; both centred: less their mean over the vocabulary
+    changes: list[list]             # T times the three that gained most and the three that lost most: (token, p of base, p of tuned, difference of its centred logits)
     tokenizer: Any
 
     def __repr__(self) -> str: return f"Beside: {len(self.tokens)} tokens, {self.kl.mean():.2f} bits apart on average"
@@ -357,17 +358,13 @@ def beside(base, tuned, text: str | list[int], max_tokens: int = 0, sampler: Sam
         (a, s), (b, t) = (_read_all(model, piece_ids, state, tokenizer.vocab_size) for model, state in zip((base, tuned), states))
         states, at = (s, t), sum(len(part[0]) for part in parts)
         parts.append(_compared(a, b, torch.tensor(ids[at + 1:at + 1 + len(piece_ids)])))
-    kl, surprise, favourites, ranks, changes = zip(*parts)
-    return Beside(ids[1:], *(np.concatenate(x) for x in (kl, surprise, favourites, ranks)), sum(changes, []), tokenizer)
+    kl, surprise, favourites, ranks, logits, changes = zip(*parts)
+    return Beside(ids[1:], *(np.concatenate(x) for x in (kl, surprise, favourites, ranks, logits)), sum(changes, []), tokenizer)
 
 # %% ../../nbs/look/50_sampler.ipynb #6bdd64c2
 def _read_all(model, ids: Tensor, state: State | None, vocab_size: int) -> tuple[Tensor, State]:
     "Log-probabilities (T, V) after each of `ids`, natural, and the new state. No gradients, no dropout."
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(): logits, state = model(ids.to(model.emb.weight.device)[None], state)
-    finally: model.train(training)
+    with torch.no_grad(): logits, state = still(model)(ids.to(model.emb.weight.device)[None], state)
     return logits[0, :, :vocab_size].float().cpu().log_softmax(-1), state
 
 def _compared(a: Tensor, b: Tensor, following: Tensor) -> tuple:
@@ -379,21 +376,22 @@ def _compared(a: Tensor, b: Tensor, following: Tensor) -> tuple:
     rank = lambda x, t: (x > x.gather(1, t[:, None])).sum(-1)
     moved = b.exp() - a.exp()
     ids = torch.cat([moved.topk(3).indices, moved.topk(3, largest=False).indices], 1)
-    changes = [[(int(t), float(a[i, t].exp()), float(b[i, t].exp())) for t in row] for i, row in enumerate(ids)]
-    return kl.numpy(), surprise.numpy(), best.numpy(), torch.stack([rank(a, best[:, 1]), rank(b, best[:, 0])], 1).numpy(), changes
+    higher = b - a - (b - a).mean(-1, keepdim=True)            # of centred logits: they are log-probabilities up to a constant, which centring takes away
+    changes = [[(int(t), float(a[i, t].exp()), float(b[i, t].exp()), float(higher[i, t])) for t in row] for i, row in enumerate(ids)]
+    return kl.numpy(), surprise.numpy(), best.numpy(), torch.stack([rank(a, best[:, 1]), rank(b, best[:, 0])], 1).numpy(), higher.gather(1, following[:, None])[:, 0].numpy(), changes
 
 # %% ../../nbs/look/50_sampler.ipynb #4ec3eb56
 def _beside_html(x: Beside) -> Html:
     show = lambda t: _shown(piece(x.tokenizer, int(t)))
     change = x.surprise[:, 0] - x.surprise[:, 1]
-    titles = [f"token {i}: {a:.2f} bits before, {b:.2f} after; KL {kl:.2f}" for i, ((a, b), kl) in enumerate(zip(x.surprise, x.kl))]
+    titles = [f"token {i}: {a:.2f} bits before, {b:.2f} after; logit {up:+.2f}; KL {kl:.2f}" for i, ((a, b), up, kl) in enumerate(zip(x.surprise, x.logits, x.kl))]
     differ = int((x.favourites[:, 0] != x.favourites[:, 1]).sum())
     head = tag("div", f"{x.kl.mean():.2f} bits apart on average; the favourite differs at {differ} of {len(x.tokens)} places; the text costs {x.surprise[:, 0].sum():.0f} bits by base, {x.surprise[:, 1].sum():.0f} by tuned.")
-    note = "Blue: tuned expects the token more than base did; orange and dashed: less."
-    moved = lambda some: tag("span", *(part for t, a, b in some if abs(b - a) >= .005 for part in (show(t), f" {a:.0%} → {b:.0%}  ")))
+    note = "Blue: tuned expects the token more than base did; orange and dashed: less. Logit: tuned's less base's, in nats, each less its mean over the vocabulary."
+    moved = lambda some: tag("span", *(part for t, a, b, up in some if abs(b - a) >= .005 for part in (show(t), f" {a:.0%} → {b:.0%} ({up:+.2f})  ")))
     worst = sorted(np.argsort(-x.kl, kind="stable")[:8].tolist())
-    rows = [[i, show(x.tokens[i]), f"{x.kl[i]:.2f}", show(x.favourites[i, 0]), f"{x.ranks[i, 1] + 1:,}", show(x.favourites[i, 1]), f"{x.ranks[i, 0] + 1:,}", moved(x.changes[i][:3]), moved(x.changes[i][3:])] for i in worst]
-    names = ["place", "token", "KL, bits", "base's favourite", "its rank by tuned", "tuned's favourite", "its rank by base", "gained", "lost"]
+    rows = [[i, show(x.tokens[i]), f"{x.logits[i]:+.2f}", f"{x.kl[i]:.2f}", show(x.favourites[i, 0]), f"{x.ranks[i, 1] + 1:,}", show(x.favourites[i, 1]), f"{x.ranks[i, 0] + 1:,}", moved(x.changes[i][:3]), moved(x.changes[i][3:])] for i in worst]
+    names = ["place", "token", "its logit", "KL, bits", "base's favourite", "its rank by tuned", "tuned's favourite", "its rank by base", "gained (logit)", "lost (logit)"]
     ribbon_ = token_ribbon([piece(x.tokenizer, t) for t in x.tokens], [v if abs(v) >= .01 else 0 for v in change], titles, note)
     return tag("div", head, ribbon_, tag("div", table(rows, head=names, caption=f"The {len(rows)} places where they differ most"), style="overflow-x:auto"), class_=AS_TEXT)
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from os.path import commonprefix
 from pathlib import Path
+from threading import get_ident
 from typing import Any, Callable, Iterator, Mapping, Sequence
 import math
 import os
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from ..data.masks import Example
 from ..data.views import pieces_of
 from ..kernels.loop import wkv6_loop, wkv7_loop
-from ..model.sample import Sampler, generate, read
+from ..model.sample import Sampler, generate, read, twin
 from ..model.state import State, load_state
 from ..peft.lora import MethodError
 from ..peft.state_tuning import start_states, state_after
@@ -62,7 +63,7 @@ def mosaic(source: Any, layer: int | None = None, head: int | None = None, cells
     layers, heads = _chosen(layer, whole.shape[0], "layer"), _chosen(head, whole.shape[1], "head")
     S, N = whole[layers][:, heads], whole.shape[-1]
     side = max((d for d in range(1, N + 1) if N % d == 0 and d * d * len(layers) * len(heads) <= cells), default=1)
-    top = whole.abs().max().item() or 1.0
+    top = whole.abs().nan_to_num(0, 0).max().item() or 1.0
     words = _mosaic_words(S, layers, heads, N // side, top)
     tiles = torch.nn.functional.pad(extremes(S, side), (0, 1, 0, 1), value=math.nan)
     image = tiles.permute(0, 2, 1, 3).reshape(len(layers) * (side + 1), -1)[:-1, :-1]
@@ -80,11 +81,17 @@ def _chosen(i: int | None, n: int, what: str) -> list[int]:
     return [i % n]
 
 def _mosaic_words(S: Tensor, layers: list[int], heads: list[int], block: int, top: float) -> str:
-    norms = torch.linalg.matrix_norm(S)
+    norms = torch.linalg.matrix_norm(S.nan_to_num(0, 0, 0))
     strong, weak = divmod(int(norms.argmax()), len(heads)), divmod(int(norms.argmin()), len(heads))
     said = lambda at: f"layer {layers[at[0]]}, head {heads[at[1]]} (norm {norms[at]:.3g})"
+    lost = _broken(S.isfinite().all(-1).all(-1), layers, heads)
     return (f"Mosaic of a starting memory, {len(layers)} layers by {len(heads)} heads, scale ±{top:.3g}; the strongest is {said(strong)}, the weakest {said(weak)}"
-            + (f"; each cell shows the extreme of {block} × {block} numbers" if block > 1 else ""))
+            + (f"; not finite, and counted as 0: {lost}" if lost else "") + (f"; each cell shows the extreme of {block} × {block} numbers" if block > 1 else ""))
+
+def _broken(whole: Tensor, layers: Sequence[int], heads: Sequence[int]) -> str:
+    "The places where `whole`, of these layers and heads, isn't true, the first few of them in words."
+    lost = [f"layer {layers[i]}, head {heads[h]}" for i, h in (~whole).nonzero().tolist()]
+    return "; ".join(lost[:6]) + (f" and {len(lost) - 6:,} more" if len(lost) > 6 else "")
 
 def _mosaic_axes(axes: Any, layers: list[int], heads: list[int], side: int) -> None:
     if len(layers) == len(heads) == 1: return axes.set(xlabel="key", ylabel="value", xticks=[], yticks=[])
@@ -95,8 +102,12 @@ def _mosaic_axes(axes: Any, layers: list[int], heads: list[int], side: int) -> N
 
 # %% ../../nbs/look/30_states.ipynb #1ceddc54
 def spectrum(source: Any) -> Tensor:
-    "The singular values of every head, falling: (L, H, N) float32. source: what `memory` takes."
-    return torch.linalg.svdvals(memory(source))
+    "The singular values of every head, falling: (L, H, N) float32; NaN for a head that holds a number that isn't finite. source: what `memory` takes."
+    S = memory(source)
+    whole = S.isfinite().all(-1).all(-1)
+    values = torch.full(S.shape[:3], math.nan)
+    values[whole] = torch.linalg.svdvals(S[whole])
+    return values
 
 # %% ../../nbs/look/30_states.ipynb #cc3435a0
 def directions(values: Tensor, share: float = .5) -> Tensor:
@@ -115,11 +126,13 @@ def spectra(source: Any) -> Html:
     "Singular values, the mean over the heads of at most five layers as a figure, and for every layer norm, largest value and directions as a table. source: what `memory` takes."
     values = spectrum(source)
     L, H, N = values.shape
-    half, most = directions(values), directions(values, .9)
-    span = lambda x, form="{:.3g}": " to ".join(dict.fromkeys(form.format(f(x).item()) for f in (torch.min, torch.max)))
-    rows = [[i, span(values[i].norm(dim=-1)), span(values[i, :, 0]), span(half[i], "{:.0f}"), span(most[i], "{:.0f}")] for i in range(L)]
-    figure = curve({f"layer {i}": (range(1, N + 1), values[i].mean(0).tolist()) for i in some(L)}, x="direction", y="singular value" + ("" if L <= 5 else f", {len(some(L))} of {L} layers"))
-    return tag("div", figure, table(rows, ["layer", "norm", "largest singular value", "directions with half of the squares", "with 90 %"], f"over {H} heads, least to most"))
+    whole = [v[v.isfinite().all(-1)] for v in values]                # of each layer the heads that have any
+    span = lambda x, form="{:.3g}": " to ".join(dict.fromkeys(form.format(f(x).item()) for f in (torch.min, torch.max))) if len(x) else "–"
+    rows = [[i, span(v.norm(dim=-1)), span(v[:, 0]), span(directions(v), "{:.0f}"), span(directions(v, .9), "{:.0f}")] for i, v in enumerate(whole)]
+    lost = _broken(~values[..., 0].isnan(), range(L), range(H))
+    broken = tag("div", f"⚠ Left out, as they hold numbers that aren't finite: {lost}") if lost else ""
+    figure = curve({f"layer {i}": (range(1, N + 1), whole[i].mean(0).tolist()) for i in some(L)}, x="direction", y="singular value" + ("" if L <= 5 else f", {len(some(L))} of {L} layers"))
+    return tag("div", broken, figure, table(rows, ["layer", "norm", "largest singular value", "directions with half of the squares", "with 90 %"], f"over {H} heads, least to most"))
 
 # %% ../../nbs/look/30_states.ipynb #7fe251a0
 @dataclass
@@ -243,10 +256,12 @@ class Call:
 # %% ../../nbs/look/30_states.ipynb #0e2c0f89
 @contextmanager
 def listening(model: nn.Module, hear: Callable[[int, Call], None], layers: Sequence[int] | None = None):
-    "Inside the `with`, `hear(layer, call)` gets a `Call` each time that a layer of `layers` (None: all) has read a row, before the next layer does. The model computes what it always does."
+    "Inside the `with`, `hear(layer, call)` gets a `Call` each time that a layer of `layers` (None: all) has read a row in this thread, before the next layer does. The model computes what it always does, and what other threads do with it isn't heard."
+    here = get_ident()
     def beside_it(i, original):
         def recurrence(*given, initial=None, **more):
             y, state = original(*given, initial=initial, **more)
+            if get_ident() != here: return y, state
             r, w, k, v, *others = (x if x is None else x.detach() for x in given)
             (a, b), u, before = (others[:2], None, others[2]) if len(others) == 3 else ((None, None), *others)
             start = before[0] if before is not None else initial.detach() if initial is not None else torch.zeros_like(state[0])
@@ -255,10 +270,13 @@ def listening(model: nn.Module, hear: Callable[[int, Call], None], layers: Seque
             return y, state
         return recurrence
     atts = {i: model.blocks[i].att for i in (range(len(model.blocks)) if layers is None else layers)}
+    before = {i: vars(att).get("recurrence") for i, att in atts.items()}           # what an outer `with` put there, if anything
     for i, att in atts.items(): att.recurrence = beside_it(i, att.recurrence)
     try: yield
     finally:
-        for att in atts.values(): del att.recurrence
+        for i, att in atts.items():
+            if before[i]: att.recurrence = before[i]
+            else: del att.recurrence
 
 # %% ../../nbs/look/30_states.ipynb #f169f03d
 def half_life(w: Tensor) -> Tensor:
@@ -317,7 +335,8 @@ def state_over(model: nn.Module, text: str | Sequence[int]) -> Evolution:
             found.append((torch.linalg.matrix_norm(after), torch.linalg.matrix_norm(after - S)))
             S = after
         sizes[layer] = torch.linalg.matrix_norm(call.start), *map(torch.stack, zip(*found)), half_life(call.w.float().mean(0).cpu())
-    with listening(model, hear): state_after(model, ids)
+    mine = twin(model)                       # which no other thread reads with
+    with listening(mine, hear): state_after(mine, ids)
     start, norm, change, half = ([sizes[i][j].cpu() for i in sorted(sizes)] for j in range(4))
     return Evolution(ids, model.tokenizer, torch.stack(start), torch.stack(norm, 1), torch.stack(change, 1), torch.stack(half))
 
@@ -369,7 +388,8 @@ def who_wrote(model: nn.Module, text: str | Sequence[int], layer: int, head: int
     ids, calls = _ids(model, text), {}
     (layer,), (at,) = _chosen(layer, len(model.blocks), "layer"), _place(at, len(ids))
     (head,) = _chosen(head, model.config.n_embd // model.config.head_size, "head")
-    with listening(model, calls.__setitem__, [layer]): state_after(model, ids)
+    mine = twin(model)                       # which no other thread reads with
+    with listening(mine, calls.__setitem__, [layer]): state_after(mine, ids)
     call = calls[layer]
     return Writes(ids, model.tokenizer, layer, head, at, contributions(call, head, at), call.y[at, head].cpu().double())
 

@@ -23,6 +23,7 @@ from ..data.chat import dialects_of
 from ..data.masks import Example, encode_segments
 from ..data.rows import DataError
 from ..data.views import pieces_of, sample_of, visible
+from ..model.sample import still
 from ..model.state import State
 from ..show.html import AS_TEXT, Html, table, tag, token_ribbon
 from ..train.evaluate import document_losses, scored, trained_weight
@@ -103,13 +104,13 @@ def example_of(row: Any, tokenizer: Any) -> Example:
 # %% ../../nbs/look/20_tokens.ipynb #d826f79e
 @torch.no_grad()
 def read_losses(model: Any, row: Any, state: State | None = None, chunk: int = 256) -> TokenLosses:
-    """What `model` makes of `row` (an `Example`, a text, or the ids of a document) in evaluation mode, read after `state`; None: from where its documents start, a tuned memory included.
+    """What `model` makes of `row` (an `Example`, a text, or the ids of a document) without dropout, read after `state`; None: from where its documents start, a tuned memory included.
 
-    chunk: tokens whose scores exist at a time. DataError for an id that the model doesn't have."""
+    The model's modes stay as they are, so that one that trains in another thread can be looked at: its weights are those of the moment. chunk: tokens whose scores exist at a time. DataError for an id that the model doesn't have."""
     example, V = example_of(row, model.tokenizer), model.config.vocab_size
     wrong = example.tokens[(example.tokens < 0) | (example.tokens >= V)]
     if len(wrong): raise DataError(f"the row holds the id {int(wrong[0])}, but the model has the ids 0 to {V - 1}; encode it with model.tokenizer")
-    found = [judged(*pair) for pair in scored(model, example.tokens, state, chunk)]
+    found = [judged(*pair) for pair in scored(still(model), example.tokens, state, chunk)]
     nothing = torch.zeros(0), torch.zeros(0, dtype=torch.int64), torch.zeros(0, 3, dtype=torch.int64), torch.zeros(0, 3)
     return TokenLosses(example, model.tokenizer, *(map(torch.cat, zip(*found)) if found else nothing))
 
@@ -202,7 +203,7 @@ class WorstRows(list):
     notes: tuple = ()
 
     def __repr__(self) -> str:
-        return "\n".join([f"{visible(r['row'])}: {r['loss']:.3f} over {r['tokens']:,} tokens, …{r['before']}⟦{r['piece']}⟧{r['after']}…" for r in self] + [f"({note})" for note in self.notes])
+        return "\n".join([f"{visible(r['row'])}: {r['loss']:.3f} over {r['tokens']:,} tokens, …{visible(r['before'])}⟦{visible(r['piece'])}⟧{visible(r['after'])}…" for r in self] + [f"({note})" for note in self.notes])
 
     def _repr_html_(self) -> str:
         around = lambda r: tag("bdi", "…", r["before"], tag("u", tag("b", r["piece"])), r["after"], "…")
@@ -216,7 +217,7 @@ def worst_rows(model: Any, data: Sequence[Example], n: int = 10, most: int = 200
     micro_bsz: rows that the model reads side by side."""
     rows = sample_of(len(data), most).tolist()
     kept = [i for i in rows if data[i].length and trained_weight(data[i])]
-    nats = document_losses(model, [data[i] for i in kept], micro_bsz) if kept else []
+    nats = document_losses(still(model), [data[i] for i in kept], micro_bsz) if kept else []
     losses = [x / trained_weight(data[i]) for x, i in zip(nats, kept)]
     order = _worst(torch.tensor(losses, dtype=torch.float64))[:n]
     found = WorstRows({"row": name_of(data, kept[k]), "i": kept[k], "loss": losses[k], "tokens": data[kept[k]].trained, **_hardest(read_losses(model, data[kept[k]]))} for k in order)

@@ -58,6 +58,8 @@ def read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
             raise CheckpointError(f"{path} holds a {type(value).__name__} under {name!r} where a tensor is expected: extract the weights from it first")
+        if not isinstance(name, str): raise CheckpointError(f"{path} holds a tensor under {name!r}, of type {type(name).__name__} where a name is expected: give each tensor its name")
+        if value.layout != torch.strided: raise CheckpointError(f"{path} holds {name!r} as a tensor of layout {str(value.layout).removeprefix('torch.')}, which no RWKV has: store it with .to_dense()")
     return tensors
 
 # %% ../../nbs/model/25_files.ipynb #b23b2ed3

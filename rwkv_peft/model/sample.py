@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['ORDERS', 'ban', 'penalise', 'softmax', 'keep_top_p', 'keep_top_k', 'temper', 'draw', 'rwkv_order', 'hf_order',
-           'repeat', 'raise_by', 'SampleError', 'lower', 'Sampler', 'count', 'release', 'read', 'Prefixes',
-           'Generation', 'generate', 'join', 'generate_batch', 'share', 'write_together']
+           'repeat', 'raise_by', 'SampleError', 'lower', 'Sampler', 'count', 'release', 'still', 'twin', 'read',
+           'Prefixes', 'Generation', 'generate', 'join', 'generate_batch', 'share', 'write_together']
 
 # %% ../../nbs/model/70_sample.ipynb #435f6076
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from os.path import commonprefix
 import numpy as np
 import torch
+from torch import nn
 from .state import State
 from .step import step
 from .tokenizer import Bytes, Stream, World
@@ -61,9 +63,11 @@ def keep_top_k(p: np.ndarray, top_k: int, by: np.ndarray | None = None) -> np.nd
     return p
 
 # %% ../../nbs/model/70_sample.ipynb #54f648a9
+_TINY = float(np.finfo(np.float32).tiny)
+
 def temper(p: np.ndarray, temperature: float) -> np.ndarray:
-    "Probabilities to the power 1/temperature, summing to 1 again."
-    p = p if temperature == 1 else p ** (1 / temperature)
+    "Probabilities to the power 1/temperature, summing to 1 again. Each is divided by the largest first: a small number to the power 20 is 0 in float32, and all of them may be small."
+    p = p if temperature == 1 else (p / p.max()) ** np.float32(1 / max(temperature, _TINY))
     return p / p.sum()
 
 # %% ../../nbs/model/70_sample.ipynb #060c9987
@@ -87,11 +91,18 @@ def hf_order(scores: np.ndarray, temperature: float, top_p: float, top_k: int) -
     if not temperature:
         first = np.where(np.arange(len(scores)) == scores.argmax(), scores, np.float32(-np.inf))
         return {"temperature": scores, "top_k": scores, "top_p": first, "softmax": softmax(first)}
-    out = {"temperature": scores if temperature == 1 else scores / np.float32(temperature)}
+    out = {"temperature": scores if temperature == 1 else _heated(scores, temperature)}
     least = _largest(out["temperature"], top_k)[-1] if 0 < top_k < len(scores) else -np.inf
     out["top_k"] = np.where(out["temperature"] < least, np.float32(-np.inf), out["temperature"])
     out["top_p"] = _top_p_of_scores(out["top_k"], top_p)
     return out | {"softmax": softmax(out["top_p"])}
+
+def _heated(scores: np.ndarray, temperature: float) -> np.ndarray:
+    "`scores` / `temperature`; where that leaves the range of float32, measured from the highest score, which changes no probability."
+    T = np.float32(min(max(temperature, _TINY), 1 / _TINY))
+    with np.errstate(over="ignore"):
+        hot = scores / T
+        return hot if np.isfinite(hot.max()) else (scores - scores.max()) / T
 
 def _top_p_of_scores(scores: np.ndarray, top_p: float) -> np.ndarray:
     "-inf for the unlikeliest that have at most 1 - top_p together; one always stays. Between ties PyTorch's sorting decides, as it does in transformers."
@@ -110,7 +121,7 @@ ORDERS = {"rwkv": rwkv_order, "hf": hf_order}     # the orders in which a `Sampl
 def repeat(scores: np.ndarray, ids: Iterable[int], repetition: float) -> np.ndarray:
     "Scores in which those of `ids` are divided by `repetition` where positive and multiplied by it where negative (Keskar et al., *CTRL*, arXiv 1909.05858; transformers' `repetition_penalty`)."
     scores, ids = scores.copy(), list({*ids})
-    scores[ids] = np.where(scores[ids] < 0, scores[ids] * np.float32(repetition), scores[ids] / np.float32(repetition))
+    with np.errstate(over="ignore", divide="ignore"): scores[ids] = np.where(scores[ids] < 0, scores[ids] * np.float32(repetition), scores[ids] / np.float32(repetition))
     return scores
 
 # %% ../../nbs/model/70_sample.ipynb #5d4eeb93
@@ -131,8 +142,8 @@ def lower(scores: np.ndarray, sampler: "Sampler", seen: Mapping[int, float], pro
     out["ban"] = ban(out.get("bias", np.asarray(scores, dtype=np.float32)), sampler.ban)
     out["penalise"] = penalise(out["ban"], seen, sampler.presence, sampler.frequency)
     if sampler.repetition != 1: out["repeat"] = repeat(out["penalise"], {*prompt, *seen}, sampler.repetition)
-    if not np.isfinite(out["penalise"].max()):
-        raise SampleError("the scores of the next token are not finite: the model's weights are damaged, or every token is banned")
+    if not np.isfinite([*out.values()][-1].max()):
+        raise SampleError("the scores of the next token are not finite: the model's weights are damaged, every token is banned, or a bias or penalty is out of all proportion")
     return out
 
 # %% ../../nbs/model/70_sample.ipynb #82b8dcb9
@@ -153,8 +164,8 @@ class Sampler:
 
     def __post_init__(self):
         for name, least, most in (("temperature", 0, np.inf), ("top_p", 0, 1), ("top_k", 0, np.inf), ("decay", 0, 1)):
-            allowed = f"between {least} and {most}" if most < np.inf else f"at least {least}"
-            if not least <= getattr(self, name) <= most: raise SampleError(f"{name}={getattr(self, name)} must be {allowed}")
+            allowed = f"between {least} and {most}" if most < np.inf else f"at least {least}, and finite"
+            if not (least <= getattr(self, name) <= most and np.isfinite(getattr(self, name))): raise SampleError(f"{name}={getattr(self, name)} must be {allowed}")
         if self.seed is not None and not 0 <= self.seed < 2 ** 32: raise SampleError(f"seed={self.seed} must be a whole number from 0, below 2 ** 32")
         if self.order not in ORDERS: raise SampleError(f"order={self.order!r} must be one of {', '.join(ORDERS)}")
         if not self.repetition > 0: raise SampleError(f"repetition={self.repetition} must be above 0; 1 turns it off")
@@ -186,17 +197,30 @@ def release(text: str, stops: tuple[str, ...]) -> tuple[str, str, bool]:
     wait = max((n for stop in stops for n in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:n])), default=0)
     return text[:len(text) - wait], text[len(text) - wait:], False
 
+# %% ../../nbs/model/70_sample.ipynb #17c76bba
+def still(model: nn.Module) -> nn.Module:
+    "`model` if it is in evaluation mode throughout, else its `twin`: for reading without dropout that leaves the modes of `model` alone, also while another thread trains it."
+    return twin(model) if any(module.training for module in model.modules()) else model
+
+# %% ../../nbs/model/70_sample.ipynb #5ce4d98b
+def twin(model: nn.Module) -> nn.Module:
+    "`model` once more, in evaluation mode: modules of its own that share its tensors, hooks and settings. Made anew for each reading, since it doesn't follow when modules are exchanged."
+    twins = {None: None}
+    def of(module):
+        if module in twins: return twins[module]
+        new = twins[module] = object.__new__(type(module))
+        vars(new).update(vars(module), training=False, _modules={name: of(part) for name, part in module._modules.items()})
+        if isinstance(own := vars(new).get("forward"), partial): new.forward = partial(own.func, *(new if x is module else x for x in own.args), **own.keywords)
+        return new
+    return of(model)
+
 # %% ../../nbs/model/70_sample.ipynb #db2665d7
 def read(model, rows: list[list[int]], state: State | None = None) -> tuple[np.ndarray, State]:
     "Let the model read B rows of tokens, equally many each, after `state` (B rows, or None at a document's start): scores of the next token (B, V), and the new state. No gradients, no dropout."
-    training, tokens = model.training, torch.tensor(rows, device=model.emb.weight.device)
-    if training: model.eval()
-    try:
-        with torch.no_grad():
-            for piece in tokens.split(1024, dim=1): x, state = step(model, piece, state) or model.hidden(piece, state)
-            return model.head(x[:, -1]).float().cpu().numpy(), state
-    finally:
-        if training: model.train()
+    tokens, quiet = torch.tensor(rows, device=model.emb.weight.device), still(model)
+    with torch.no_grad():
+        for piece in tokens.split(1024, dim=1): x, state = step(model, piece, state) or quiet.hidden(piece, state)      # nothing that `step` takes has two modes
+        return quiet.head(x[:, -1]).float().cpu().numpy(), state
 
 # %% ../../nbs/model/70_sample.ipynb #24ef9198
 class Prefixes:

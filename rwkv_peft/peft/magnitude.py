@@ -68,7 +68,7 @@ class DoRAAdapter(nn.Module):
 
     def __init__(self, base: Linear, r: int, s: float, dropout: float = 0.0):
         super().__init__()
-        self.s, self.dropout, self.training, self.kept = s, dropout, base.training, None
+        self.s, self.dropout, self.training, self.kept = s, dropout, base.training, [None, None]
         options = dict(device=base.device, dtype=torch.promote_types(base.dtype, torch.float32))
         self.A = nn.Parameter(torch.empty(r, base.in_features, **options).uniform_(-1, 1) / math.sqrt(base.in_features))
         self.B = nn.Parameter(torch.zeros(base.out_features, r, **options))
@@ -88,9 +88,10 @@ class DoRAAdapter(nn.Module):
     def forward(self, x: Tensor, base: Linear) -> Tensor:
         parts = [p for p in (self.A, self.B, base.weight) if p is not None]
         now = None if torch.is_grad_enabled() or any(p.is_inference() for p in parts) else [id(base.storage), *((p.data_ptr(), p._version, p.device, p.dtype) for p in parts)]
-        if now is None or self.kept is None or self.kept[0] != now: self.kept = now, self.length(base)
+        length = self.kept[1] if now and self.kept[0] == now else self.length(base)
+        self.kept[:] = now, length              # in place: a model's twin (model.sample) shares it
         p = self.dropout if self.training else 0.0
-        y = DoRAProduct.apply(x, self.A, self.B, self.m, self.kept[1], base.weight, self.s, p, base)
+        y = DoRAProduct.apply(x, self.A, self.B, self.m, length, base.weight, self.s, p, base)
         return y if base.bias is None else y + base.bias
 
     @torch.no_grad()

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import os
 import torch
 from torch import Tensor, nn
+from ..model.sample import still
 from ..model.state import State, fits, load_state
 from .lora import MethodError
 
@@ -52,7 +53,4 @@ def state_after(model: nn.Module, prompt: str | list[int]) -> State:
     "What `model` remembers after `prompt`, a `State` of one row: text is read as a document's beginning, with token 0 first, token ids as they are. No gradients, no dropout. MethodError for an empty prompt."
     ids = [0] + model.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
     if not ids: raise MethodError("state_after: the prompt is empty, and a state comes from reading: give a text or token ids")
-    training = model.training
-    model.eval()
-    try: return model.hidden(torch.tensor([ids], device=model.emb.weight.device))[1]
-    finally: model.train(training)
+    return still(model).hidden(torch.tensor([ids], device=model.emb.weight.device))[1]

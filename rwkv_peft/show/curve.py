@@ -27,9 +27,11 @@ def decimate(xs: Sequence[float], ys: Sequence[float], points: int = 300) -> tup
     return [x for x, _ in kept], [y for _, y in kept]
 
 # %% ../../nbs/show/20_curve.ipynb #81dea560
+_LEAST = 1e-300      # numbers closer than this are drawn as one
+
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
     "Round numbers (1, 2 or 5 times a power of ten apart) inside [low, high], about `count` of them."
-    if not high > low: return [low]
+    if not high - low > _LEAST: return [low]
     unit = 10.0 ** math.floor(math.log10((high - low) / count))
     step = next(m * unit for m in (1, 2, 5, 10) if m * unit * count >= (high - low) * .999)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
@@ -38,7 +40,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 # %% ../../nbs/show/20_curve.ipynb #7b7bfb2e
 def _range(values: Sequence[float], room: float) -> tuple[float, float]:
     low, high = min(values, default=0.0), max(values, default=1.0)
-    if low == high: low, high = low - max(.5, abs(low) * .05), high + max(.5, abs(high) * .05)
+    if not high - low > _LEAST: low, high = low - max(.5, abs(low) * .05), high + max(.5, abs(high) * .05)
     return low - room * (high - low), high + room * (high - low)
 
 def _finite(series: Mapping) -> dict[str, tuple[list[float], list[float]]]:
