@@ -155,6 +155,7 @@ GOOD = [chat(("user", "hi"), ("assistant", "hello"))]
     ([{"text": "a\ud800b"}], ("row 0", "'text'", "half a character", "position 1")),
     ([{"text": "a", "prompt": "b", "completion": "c"}], ("row 0", "2 shapes", "fields=")),
     ([{"prompt": "a"}], ("row 0", "'prompt'", "completion")),
+    ([{"frage": "a", "n": 3, "antwrt": "b"}], ("row 0", "fields={'prompt': 'frage', 'completion': 'antwrt'}", "sft_field = ['frage', 'antwrt']")),
     ([{"prompt": "a", "completion": ""}], ("row 0", "'completion'", "empty")),
     ([{"text": "a"}, {"prompt": "b", "completion": "c"}], ("row 1", "prompt and completion", "row 0", "text", "one shape")),
     ([{"messages": []}], ("row 0", "'messages'", "empty list")),

@@ -54,6 +54,15 @@ def test_figures_by_hand():
     assert (report["steps_per_epoch"], report["empty"], report["bad_characters"], report["duplicates"]) == (5, 0, 0, 0)
 
 
+def test_a_report_says_in_words_what_is_there_and_in_one_line_what_isnt():
+    rows = [{"prompt": "a", "completion": " b"}, {"prompt": "c", "completion": " d \ufffd"}, {"prompt": "a", "completion": " b", "lang": 1}]
+    said, told = repr(read_data(rows, Bytes()).report()), repr(read_data(rows, Bytes()).report(2, 4))
+    assert re.search(r"^checked +no empty rows, no rows that can't be used, no unknown roles, no bytes that aren't UTF-8$", said, re.M) and not re.search(r" 0$", said, re.M)
+    assert re.search(r"^duplicates +1$", said, re.M) and re.search(r"^rows with lost characters +1$", said, re.M) and "keys that aren't used: lang" in said
+    assert "of a batch, if micro_bsz = 8" in said and "if 16 rows a step" in said and "of a batch, with micro_bsz = 2" in told and "with 4 rows a step" in told and " if " not in told
+    assert re.search(r"^median length +4 tokens$", said, re.M) and "lengths, 0 to 8 tokens" in said
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(0, 300), min_size=1, max_size=50), st.integers(1, 9), st.floats(0, 1))
 def test_percentiles_and_padding_by_a_slow_way(lengths, micro_bsz, q):

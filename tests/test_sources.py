@@ -382,7 +382,7 @@ def test_fields_that_are_refused():
 # ---- files that are refused: line, byte, remedy
 
 @pytest.mark.parametrize("name, content, said", [
-    ("half.jsonl", b'{"text": "a"}\n{"text": "b', ("half.jsonl line 2 isn't JSON", "column")),
+    ("half.jsonl", b'{"text": "a"}\n{"text": "b', ("half.jsonl line 2 isn't JSON (Unterminated string starting at column 10)",)),
     ("mixed.jsonl", jsonl([{"text": "a"}, PAIRS[1]]), ("mixed.jsonl line 2 has prompt and completion", "line 1 has text", "one shape")),
     ("bytes.jsonl", b'"a"\n\n"caf\xe9"\n', ("bytes.jsonl line 3 isn't UTF-8 (byte 5 is 0xe9)", "convert")),
     ("bytes.txt", b"one\ntwo\xff\n", ("bytes.txt line 2 isn't UTF-8 (byte 4 is 0xff)",)),
@@ -418,7 +418,7 @@ def test_files_that_are_refused(tmp_path, name, content, said):
 
 
 @pytest.mark.parametrize("source, options, said", [
-    ("nowhere.jsonl", {}, ("nowhere.jsonl is not there",)), ("", {}, ("folder",)), ("a sentence. " * 500, {}, ("not there",)), ("a\0b", {}, ("not there",)), ("nowhere.bin", {}, ("nowhere.bin is not there",)),
+    ("nowhere.jsonl", {}, ("nowhere.jsonl is not there",)), ("my_rows", {}, ("a variable is written without quotes",)), (__file__.replace("sources", "source"), {}, ("not there", "did you mean", "test_sources.py")), ("", {}, ("folder",)), ("a sentence. " * 500, {}, ("not there",)), ("a\0b", {}, ("not there",)), ("nowhere.bin", {}, ("nowhere.bin is not there",)),
     (["a"], {"format": "jsonl"}, ("format='jsonl' is for files", "list")), (["a"], {"format": "jsn"}, ("isn't known", "did you mean 'json'")), ({"a"}, {}, ("no order",)), (str, {}, ("type",)),
     (io.StringIO("text"), {}, ("open file (StringIO)", "path")), (pa.table({"text": ["a"]}), {}, ("Table", "list of rows")),
 ])

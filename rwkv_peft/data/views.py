@@ -224,7 +224,7 @@ def report_of(data: Any, micro_bsz: int | None = None, rows_per_step: int | None
                   length_p50=percentile(n, .5), length_p95=percentile(n, .95), length_max=int(n.max(initial=0)), lengths=histogram(n),
                   empty=int((n <= bool(facts.get("eos"))).sum()), duplicates=doubles, bad_rows=len(bad), odd_roles=sum(" has role " in said for said in bad), invalid_utf8=sum(" isn't UTF-8 " in said for said in bad), bad_characters=broken, padding_efficiency=padding_efficiency(n, micro_bsz), micro_bsz=micro_bsz,
                   steps_per_epoch=-(-len(data) // rows_per_step), rows_per_step=rows_per_step, ctx_len=facts.get("ctx_len"), template=facts.get("template"), loss_mask=facts.get("loss_mask"),
-                  tokenizer=getattr(data.tokenizer, "name", None), source=facts.get("source"), assumed=assumed, notes=notes)
+                  tokenizer=getattr(data.tokenizer, "name", None), source=facts.get("source"), notes=notes, **({"assumed": True} if assumed else {}))
 
 # %% ../../nbs/data/33_views.ipynb #6b31bf71
 def text_problems(data: Any, i: int) -> list[str]:
