@@ -264,7 +264,7 @@ def data_check(file: File, template: Template = None, loss_mask: Mask = None, ct
 
 # %% ../nbs/99_cli.ipynb #aef39940
 @data_app.command("show")
-def data_show(file: File, row: Annotated[Optional[int], typer.Option(min=1, help="its line or number; the first if left out")] = None, template: Template = None, loss_mask: Mask = None,
+def data_show(file: File, row: Annotated[Optional[int], typer.Option(min=0, help="its line, from 1, or its index where rows aren't lines, from 0; the first if left out")] = None, template: Template = None, loss_mask: Mask = None,
               ctx_len: Length = None, tokenizer: Words_ = "world", format: Kind = None, split: Part = None):
     "One row, with what is trained underlined."
     from rwkv_peft.data.stored import rows_of

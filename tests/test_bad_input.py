@@ -322,12 +322,12 @@ def test_the_trap_would_have_caught_something(desk):
 
 @pytest.mark.parametrize("given, said", [
     ("[]", ["the list has no rows"]),
-    ("[{'text': 'a'}, {'txt': 'b'}]", ["row 2", "'txt'"]),
-    ("[{'text': 'a'}, {'text': '  '}]", ["row 2", "empty"]),
-    ("['a', 7]", ["row 2", "int"]),
+    ("[{'text': 'a'}, {'txt': 'b'}]", ["row 1", "'txt'"]),
+    ("[{'text': 'a'}, {'text': '  '}]", ["row 1", "empty"]),
+    ("['a', 7]", ["row 1", "int"]),
     ("(r for r in [])", ["generator", "no rows", "once"]),
-    ("map(len, rows)", ["row 1", "int"]),
-    ("iter(['a', 7])", ["row 2", "int"]),
+    ("map(len, rows)", ["row 0", "int"]),
+    ("iter(['a', 7])", ["row 1", "int"]),
     ("open('rows.jsonl')", ["open file", "path"]),
     ("{'text': 'a'}", ["body line 5: data"]),
     ("set(['a'])", ["set", "no order", "list"]),
@@ -633,7 +633,7 @@ def test_markup_in_an_error_stays_text(ipython, desk, tmp_path, monkeypatch):
     captured, error = cell(ipython, "%%rwkv_finetune hole\n" + body({**FAST, "model": str(model), "eval_split": 0.0, "max_steps": 13, "seed": 1}) + "data = evil_rows", evil_rows=rows)
     assert type(error) is UsageError and EVIL[:40] in str(error)
     cards = [o.data["text/html"] for o in captured.outputs if "text/html" in o.data]
-    assert all(is_text(html, "") for html in cards) and is_text(cards[-1] if "row 5" in cards[-1] else next(c for c in reversed(cards) if "row 5" in c), EVIL[:40])
+    assert all(is_text(html, "") for html in cards) and is_text(cards[-1] if "row 4" in cards[-1] else next(c for c in reversed(cards) if "row 4" in c), EVIL[:40])
     assert is_text((tmp_path / "runs/hole/report.html").read_text(encoding="utf-8"), EVIL[:40])
 
 

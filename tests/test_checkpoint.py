@@ -144,7 +144,9 @@ def test_broken_files_are_one_sentence(tmp_path, monkeypatch):
 
 
 def test_names_and_addresses():
-    with pytest.raises(CheckpointError, match="neither a file nor a bundled"): load("no-such-model")
+    with pytest.raises(CheckpointError, match="neither a file nor a bundled [^;]*$"): load("no-such-model")
+    with pytest.raises(CheckpointError, match="did you mean 'rwkv7-tiny'"): load("rwkv7-tny")
+    with pytest.raises(CheckpointError, match="check the path; did you mean '.*test_checkpoint.py'"): read(__file__.replace("checkpoint", "chekpoint"))
     with pytest.raises(CheckpointError, match="hf://owner/repo/file"): load("hf://owner/repo")
     with pytest.raises(ValueError, match="nf4"): load("no-such-model", quant="nf5")
     for name in bundled(): assert load(name, device="cpu", dtype=torch.float32).source == name

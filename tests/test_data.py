@@ -145,33 +145,34 @@ GOOD = [chat(("user", "hi"), ("assistant", "hello"))]
     ((t for t in ()), ("generator", "no rows")),
     (b"abc", ("bytes", "list of rows")),
     (7, ("int", ".jsonl")),
-    (["a", 3], ("row 2", "int", '{"text"}')),
-    ([{}], ("row 1", "no keys")),
-    ([{"text": "a"}, {"txt": "b"}], ("row 2", "'txt'", "'text'", "fields")),
-    ([{"text": ""}], ("row 1", "'text'", "empty")),
-    ([{"text": " \n"}], ("row 1", "'text'", "empty")),
-    ([{"text": 5}], ("row 1", "'text'", "int", "string")),
-    ([{"text": None}], ("row 1", "'text'", "null")),
-    ([{"text": "a\ud800b"}], ("row 1", "'text'", "half a character", "position 1")),
-    ([{"text": "a", "prompt": "b", "completion": "c"}], ("row 1", "2 shapes", "fields=")),
-    ([{"prompt": "a"}], ("row 1", "'prompt'", "completion")),
-    ([{"prompt": "a", "completion": ""}], ("row 1", "'completion'", "empty")),
-    ([{"text": "a"}, {"prompt": "b", "completion": "c"}], ("row 2", "prompt and completion", "row 1", "text", "one shape")),
-    ([{"messages": []}], ("row 1", "'messages'", "empty list")),
-    ([{"messages": "hi"}], ("row 1", "'messages'", "str", "list of messages")),
-    ([{"messages": ["hi"]}], ("row 1", "message 1", "str", '"role"')),
-    ([{"messages": [{"role": "user"}]}], ("row 1", "message 1", "'content'")),
-    ([{"messages": [{"content": "a"}]}], ("row 1", "message 1", "'role'")),
-    ([chat(("user", "a"), ("bot", "b"))], ("row 1", "message 2", "'bot'", "system, user, assistant")),
+    (["a", 3], ("row 1", "int", '{"text"}')),
+    ([{}], ("row 0", "no keys")),
+    ([{"text": "a"}, {"txt": "b"}], ("row 1", "'txt'", "'text'", "fields")),
+    ([{"text": ""}], ("row 0", "'text'", "empty")),
+    ([{"text": " \n"}], ("row 0", "'text'", "empty")),
+    ([{"text": 5}], ("row 0", "'text'", "int", "string")),
+    ([{"text": None}], ("row 0", "'text'", "null")),
+    ([{"text": "a\ud800b"}], ("row 0", "'text'", "half a character", "position 1")),
+    ([{"text": "a", "prompt": "b", "completion": "c"}], ("row 0", "2 shapes", "fields=")),
+    ([{"prompt": "a"}], ("row 0", "'prompt'", "completion")),
+    ([{"frage": "a", "n": 3, "antwrt": "b"}], ("row 0", "fields={'prompt': 'frage', 'completion': 'antwrt'}", "sft_field = ['frage', 'antwrt']")),
+    ([{"prompt": "a", "completion": ""}], ("row 0", "'completion'", "empty")),
+    ([{"text": "a"}, {"prompt": "b", "completion": "c"}], ("row 1", "prompt and completion", "row 0", "text", "one shape")),
+    ([{"messages": []}], ("row 0", "'messages'", "empty list")),
+    ([{"messages": "hi"}], ("row 0", "'messages'", "str", "list of messages")),
+    ([{"messages": ["hi"]}], ("row 0", "message 1", "str", '"role"')),
+    ([{"messages": [{"role": "user"}]}], ("row 0", "message 1", "'content'")),
+    ([{"messages": [{"content": "a"}]}], ("row 0", "message 1", "'role'")),
+    ([chat(("user", "a"), ("bot", "b"))], ("row 0", "message 2", "'bot'", "system, user, assistant")),
     ([chat(("user", "a"), ("narrator", "b"))], ("message 2", "'narrator'", "user, assistant, tool")),
     ([chat(("user", [{"type": "text"}]))], ("message 1", "'content'", "list", "string")),
     ([chat(("user", ""), ("assistant", "b"))], ("message 1", "'content'", "empty")),
     ([{"messages": [{"role": "assistant", "content": "a", "tool_calls": [1]}]}], ("message 1", "tool call 1", "arguments", "remove")),
     ([{"messages": [{"role": "assistant", "content": "a", "weight": True}]}], ("message 1", "'weight'", "True")),
-    ([{"text": "a", "weight": -1}], ("row 1", "'weight'", "-1")),
-    ([{"text": "a", "weight": float("nan")}], ("row 1", "'weight'", "nan")),
+    ([{"text": "a", "weight": -1}], ("row 0", "'weight'", "-1")),
+    ([{"text": "a", "weight": float("nan")}], ("row 0", "'weight'", "nan")),
     ([chat(("user", "a"))], ("no row of the 1", "loss_mask='assistant'", "assistant message")),
-    (GOOD + [chat(("user", "a"))], ("row 2", "no token to train", "untrained='drop'")),
+    (GOOD + [chat(("user", "a"))], ("row 1", "no token to train", "untrained='drop'")),
     ([{"text": "a", "weight": 0}], ("no row", "weight above 0")),
 ])
 def test_rows_that_are_refused(rows, said):
@@ -181,21 +182,21 @@ def test_rows_that_are_refused(rows, said):
 @pytest.mark.parametrize("settings_, said", [
     ({"template": "bots"}, ("'bots'", "did you mean 'bot'", "'rwkv'")),
     ({"template": "chatml"}, ("'chatml'", "isn't known", "'rwkv'")),
-    ({"template": lambda m: "hello"}, ("row 1", "(text, trained)", "hello")),
-    ({"template": lambda m: [("a", -1)]}, ("row 1", "(text, trained)")),
-    ({"template": lambda m: None}, ("row 1", "None")),
+    ({"template": lambda m: "hello"}, ("row 0", "(text, trained)", "hello")),
+    ({"template": lambda m: [("a", -1)]}, ("row 0", "(text, trained)")),
+    ({"template": lambda m: None}, ("row 0", "None")),
     ({"loss_mask": "se"}, ("loss_mask='se'", "mask_id")),
     ({"loss_mask": "asistant"}, ("did you mean 'assistant'",)),
     ({"ctx_len": 0}, ("ctx_len=0", "at least 1")),
     ({"ctx_len": True}, ("ctx_len=True",)),
     ({"ctx_len": "512"}, ("ctx_len='512'",)),
-    ({"ctx_len": 5}, ("row 1 has 27 tokens", "ctx_len=5", "set ctx_len=27", "long='cut'", "long='drop'")),
+    ({"ctx_len": 5}, ("row 0 has 27 tokens", "ctx_len=5", "set ctx_len=27", "long='cut'", "long='drop'")),
     ({"ctx_len": 5, "long": "drop"}, ("all 1 rows", "raise ctx_len")),
     ({"ctx_len": 5, "long": "cut"}, ("no row", "a token to train", "raise ctx_len")),
     ({"long": "trim"}, ("long='trim'", "'drop'")),
     ({"untrained": "keep"}, ("untrained='keep'", "'drop'")),
     ({"fields": {"question": "q"}}, ("'question'", "renames")),
-    ({"fields": {"text": "body"}}, ("row 1", "'messages'", "'body'")),
+    ({"fields": {"text": "body"}}, ("row 0", "'messages'", "'body'")),
 ])
 def test_settings_that_are_refused(settings_, said):
     with refused(*said): read_data(GOOD, Bytes(), **settings_)
@@ -210,7 +211,7 @@ def test_text_has_no_turns():
 
 @pytest.mark.parametrize("name, content, said", [
     ("bad.jsonl", b'{"text": "a"}\n\n{"text": "b"', ("bad.jsonl line 3", "isn't JSON", "column")),
-    ("deep.jsonl", b"[" * 9 + b'"a"' + b"]" * 9, ("deep.jsonl row 1", "list")),
+    ("deep.jsonl", b"[" * 9 + b'"a"' + b"]" * 9, ("deep.jsonl row 0", "list")),
     ("nest.jsonl", b'{"text": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", ("line 1", "nested too deeply")),
     ("latin.jsonl", b'{"text": "a"}\n{"text": "caf\xe9"}', ("line 2", "UTF-8")),
     ("empty.jsonl", b"", ("empty.jsonl has no rows",)),
@@ -251,17 +252,17 @@ def test_a_file_is_read_like_a_list(tmp_path):
 def test_long_rows_are_dropped_or_cut_only_when_told():
     rows = [{"text": c * n} for c, n in zip("xxxy", (3, 50, 4, 60))]
     drop, cut = (read_data(rows, Bytes(), ctx_len=10, long=how) for how in ("drop", "cut"))
-    assert drop.lengths == [4, 5] and drop.facts["dropped"] == [2, 4] and "2 rows longer than ctx_len were dropped: 2, 4" in repr(drop.report())
-    assert cut.lengths == [4, 10, 5, 10] and cut.facts["cut"] == [2, 4] and cut[1].tokens.tolist() == [0] + [121] * 10
-    assert [p["row"] for p in cut.check()] == ["row 2", "row 4"]
+    assert drop.lengths == [4, 5] and drop.facts["dropped"] == [1, 3] and "2 rows longer than ctx_len were dropped: 1, 3" in repr(drop.report())
+    assert cut.lengths == [4, 10, 5, 10] and cut.facts["cut"] == [1, 3] and cut[1].tokens.tolist() == [0] + [121] * 10
+    assert [p["row"] for p in cut.check()] == ["row 1", "row 3"]
     assert read_data(rows, Bytes(), ctx_len=61).lengths == [4, 51, 5, 61] and "cut" not in read_data(rows, Bytes(), ctx_len=61).facts
-    with refused("row 4 has 61 tokens", "2 of 4 rows: 2, 4"): read_data(rows, Bytes(), ctx_len=10)
+    with refused("row 3 has 61 tokens", "2 of 4 rows: 1, 3"): read_data(rows, Bytes(), ctx_len=10)
 
 
 def test_untrained_rows_are_dropped_only_when_told():
     data = read_data(GOOD + [chat(("user", "a"))], Bytes(), untrained="drop")
-    assert len(data) == 1 and data.facts["untrained"] == [2] and "nothing to train were dropped: 2" in repr(data.report())
-    assert [p["row"] for p in data.check()] == ["row 2"]
+    assert len(data) == 1 and data.facts["untrained"] == [1] and "nothing to train were dropped: 1" in repr(data.report())
+    assert [p["row"] for p in data.check()] == ["row 1"]
 
 
 # ---- looking
@@ -299,8 +300,8 @@ def test_show_underlines_what_is_trained(prompt, completion, tokenizer):
 def test_check_names_what_looks_odd():
     rows = [{"prompt": "What is LoRA?", "completion": "A thin one"}, {"prompt": "a", "completion": " b\n\nUser: c"}, {"prompt": "a", "completion": " \ufffd"}, {"prompt": "a ", "completion": "b"}, {"prompt": "a ", "completion": "b"}]
     said = [(p["row"], p["problem"]) for p in read_data(rows, Bytes()).check()]
-    assert [row for row, _ in said] == ["row 1", "row 2", "row 3", "row 5"]
-    assert all(word in problem for word, (_, problem) in zip(["runs into", "User:", "\ufffd", "the same as row 4"], said))
+    assert [row for row, _ in said] == ["row 0", "row 1", "row 2", "row 4"]
+    assert all(word in problem for word, (_, problem) in zip(["runs into", "User:", "\ufffd", "the same as row 3"], said))
     assert repr(read_data(["fine"], Bytes()).check()) == "no problems found"
 
 

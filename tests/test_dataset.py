@@ -54,6 +54,15 @@ def test_figures_by_hand():
     assert (report["steps_per_epoch"], report["empty"], report["bad_characters"], report["duplicates"]) == (5, 0, 0, 0)
 
 
+def test_a_report_says_in_words_what_is_there_and_in_one_line_what_isnt():
+    rows = [{"prompt": "a", "completion": " b"}, {"prompt": "c", "completion": " d \ufffd"}, {"prompt": "a", "completion": " b", "lang": 1}]
+    said, told = repr(read_data(rows, Bytes()).report()), repr(read_data(rows, Bytes()).report(2, 4))
+    assert re.search(r"^checked +no empty rows, no rows that can't be used, no unknown roles, no bytes that aren't UTF-8$", said, re.M) and not re.search(r" 0$", said, re.M)
+    assert re.search(r"^duplicates +1$", said, re.M) and re.search(r"^rows with lost characters +1$", said, re.M) and "keys that aren't used: lang" in said
+    assert "of a batch, if micro_bsz = 8" in said and "if 16 rows a step" in said and "of a batch, with micro_bsz = 2" in told and "with 4 rows a step" in told and " if " not in told
+    assert re.search(r"^median length +4 tokens$", said, re.M) and "lengths, 0 to 8 tokens" in said
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(0, 300), min_size=1, max_size=50), st.integers(1, 9), st.floats(0, 1))
 def test_percentiles_and_padding_by_a_slow_way(lengths, micro_bsz, q):
@@ -68,13 +77,13 @@ def test_percentiles_and_padding_by_a_slow_way(lengths, micro_bsz, q):
 # ---- the mask doctor
 
 @pytest.mark.parametrize("rows, told, row, said", [
-    (pair(("", "all of it"), ("a", " b")), {}, "row 1", "every token is trained"),
+    (pair(("", "all of it"), ("a", " b")), {}, "row 0", "every token is trained"),
     (pair(("", "all of it")), {"loss_mask": "all"}, None, None),
     ([{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]}], {}, "all rows", "end is never trained"),
     (pair(("a", " b")), {"eos": False}, "all rows", "eos=False"),
-    (pair(("a", " b c d e f g h")), {"ctx_len": 6, "long": "cut"}, "row 1", "breaks off"),
-    (pair(("a", " b"), ("a", " b")), {}, "row 2", "the same as row 1"),
-    ([{"input_ids": [0, 5, 65_531, 0]}], {}, "row 1", "the id 65531"),
+    (pair(("a", " b c d e f g h")), {"ctx_len": 6, "long": "cut"}, "row 0", "breaks off"),
+    (pair(("a", " b"), ("a", " b")), {}, "row 1", "the same as row 0"),
+    ([{"input_ids": [0, 5, 65_531, 0]}], {}, "row 0", "the id 65531"),
     (pair(("a", " b")), {}, None, None),
 ])
 def test_each_ailment_has_its_row(tmp_path, rows, told, row, said):
@@ -93,7 +102,7 @@ def test_untrained_rows_and_ids_below_zero_in_a_data_set_made_by_hand():
 def test_rows_that_are_held_out_too(tmp_path):
     for train in both(PAIRS[:10], tmp_path):
         for held in both(PAIRS[8:14], tmp_path):
-            assert [row for row, problem in problems(train, held) if "held out too" in problem] == ["row 9", "row 10"] and "(row 1)" in dict(problems(train, held))["row 9"]
+            assert [row for row, problem in problems(train, held) if "held out too" in problem] == ["row 8", "row 9"] and "(row 0)" in dict(problems(train, held))["row 8"]
             assert problems(train, held[2:]) == []
 
 
@@ -154,8 +163,8 @@ def test_minhash_is_a_fair_sample():
 def test_dedup_counts_what_went_and_lists_it():
     data = read_data(PAIRS[:3] + PAIRS[:2], World())
     once = data.dedup()
-    assert len(once) == 3 and once.facts["repeated"] == [4, 5] and "2 rows that repeat another were left out: 4, 5" in repr(once.report())
-    assert ("row 4", "repeats another row and was left out") in problems(once) and once.dedup().facts == once.facts and data.facts.get("repeated") is None
+    assert len(once) == 3 and once.facts["repeated"] == [3, 4] and "2 rows that repeat another were left out: 3, 4" in repr(once.report())
+    assert ("row 3", "repeats another row and was left out") in problems(once) and once.dedup().facts == once.facts and data.facts.get("repeated") is None
     for near in (.3, 1.2):
         with pytest.raises(DataError, match="0.5 to 1"): data.dedup(near)
     with pytest.raises(DataError, match="tokenizer"): Dataset(data.examples).dedup()
@@ -241,7 +250,7 @@ def test_every_bad_row_is_listed_when_told_to_go_on(tmp_path):
 
 @pytest.mark.parametrize("rows", [[7, {"prompt": "a"}], (r for r in [7])])
 def test_nothing_but_bad_rows(rows):
-    with pytest.raises(DataError, match="no row that can be used.*row 1 is int"): read_data(rows, World(), bad="drop")
+    with pytest.raises(DataError, match="no row that can be used.*row 0 is int"): read_data(rows, World(), bad="drop")
 
 
 def test_bad_lines_of_a_table_and_of_an_iterator(tmp_path):
@@ -249,7 +258,7 @@ def test_bad_lines_of_a_table_and_of_an_iterator(tmp_path):
     data = read_data(tmp_path / "t.csv", World(), bad="drop")
     assert [e.row for e in data] == [2, 4] and "1 cells for 2 columns" in data.facts["bad"][0][1]
     data = read_data(iter([7, PAIRS[0], {}, PAIRS[1]]), World(), bad="drop")
-    assert [e.row for e in data] == [2, 4] and [n for n, _ in data.facts["bad"]] == [1, 3]
+    assert [e.row for e in data] == [1, 3] and [n for n, _ in data.facts["bad"]] == [0, 2] and data.where(1) == "row 3"
     with pytest.raises(DataError, match="bad='skip'"): read_data(PAIRS, World(), bad="skip")
 
 
@@ -258,7 +267,7 @@ def test_a_shell_lists_bad_rows(capsys, tmp_path):
     code, out, _ = shell(capsys, "data", "check", str(file))
     assert code == 1 and [line.split(": ")[0] for line in out.splitlines()] == [f"{file} {where}" for where, _ in BAD]
     code, out, _ = shell(capsys, "data", "report", str(file))
-    assert code == 0 and re.search(r"^bad rows +6$", out, re.M) and re.search(r"^odd roles +1$", out, re.M)
+    assert code == 0 and re.search(r"^rows that can't be used +6$", out, re.M) and re.search(r"^unknown roles +1$", out, re.M)
     code, out, err = shell(capsys, "data", "show", str(file), "--row", "5")
     assert code == 2 and "'asistant'" in err
 

@@ -147,7 +147,7 @@ def test_odd_cases():
 
 def test_windows_of_a_document_are_one():
     one = lambda row: Example(torch.zeros(3, dtype=torch.int64), torch.ones(3), row)
-    examples = [one(r) for r in (4, 4, 4, 7, 0, 0, 9)]                                  # 0: a row that nobody numbered is a document of its own
+    examples = [one(r) for r in (0, 0, 0, 7, -1, -1, 9)]                                # -1: a row that nobody numbered is a document of its own
     assert by_document(examples, [1, 2, 3, 4, 5, 6, 7]) == [[6, 4, 5, 6, 7]]
     found = change_of([1.] * 7, [2.] * 7, examples, [0.] * 7)
     assert found["documents"] == 5 and found["bits_per_byte"] is None and found["loss"] == [.5, .5, .5]

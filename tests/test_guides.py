@@ -1,6 +1,8 @@
-"The cell with which guides begin in Colab: what it would install, and that it leaves torch and every other place alone."
+"Guides: the cell with which they begin in Colab, what is left to read without a kernel, and how large a notebook with all views is."
 import importlib.metadata
 import importlib.util
+import json
+import os
 import re
 import subprocess
 import sys
@@ -10,6 +12,8 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from nbclient import NotebookClient
+from rwkv_peft import look
 
 root = Path(__file__).parent.parent
 guides = sorted((root / "nbs/guides").glob("*.ipynb"))
@@ -86,15 +90,96 @@ def test_nothing_forgotten(monkeypatch):
     assert below - given <= {"torch", "packaging", "pyyaml", "huggingface-hub", "requests", "tqdm"}      # Colab comes with these
 
 
-@pytest.mark.parametrize("page", ["25_your_own_data.ipynb", "45_long_contexts.ipynb", "62_7b_on_a_small_gpu.ipynb", "90_front_ends.ipynb"])
+def pictures_of(html: str) -> list[str]:
+    "The words of each picture in a cell's HTML, outside the folds of a card."
+    return re.findall(r'<img [^>]*alt="([^"]*)"', html) + re.findall(r'<svg [^>]*aria-label="([^"]*)"', html)
+
+
+@pytest.mark.parametrize("page", [g.name for g in guides])
 def test_guides_are_left_readable(page):
-    "Every display has words beside it, pictures their alt text, and what was computed or not tried is called so."
-    cells = nbformat.read(root / "nbs/guides" / page, as_version=4).cells
-    for cell in cells:
+    "Every display has words beside it and a text for those who see no HTML, pictures their alt text; each picture is followed by what to see in it; no reprs of Python stand for a table; what was computed or not tried is called so."
+    cells = [c for c in nbformat.read(root / "nbs/guides" / page, as_version=4).cells if "#| hide" not in c.source]
+    for i, cell in enumerate(cells):
+        shown = [o for o in cell.get("outputs", []) if o.output_type != "stream"]
         for o in cell.get("outputs", []):
-            assert o.output_type != "error" and (o.output_type == "stream" or o.data.get("text/plain"))
-            assert all(len(words) > 20 for words in re.findall(r'<img [^>]*alt="([^"]*)"', o.get("data", {}).get("text/html", "")))
+            assert o.output_type != "error" and (o.output_type == "stream" or o.data.get("text/plain")), cell.source
+            assert all(len(words) > 20 for words in pictures_of(o.get("data", {}).get("text/html", ""))), cell.source
+        texts = [c.source for c in cells[i + 1:i + 5] if c.cell_type == "markdown"][:1]                 # what stands after it, code that belongs to it between
+        if shown: assert texts or cells[i - 1].cell_type == "markdown", cell.source
+        if any(pictures_of(o.data.get("text/html", "")) for o in shown): assert texts and re.search("(?i)notice|how to read it", texts[0]), cell.source
+        for o in shown: assert "text/html" in o.data or len(o.data["text/plain"]) < 300 or o.data["text/plain"][0] not in "{[(", f"a table would say it better: {cell.source}"
     text = "\n".join(c.source for c in cells)
-    assert "What to notice" in text or page.startswith("90")
     if page.startswith("62"): assert "computed, not measured" in text
     if page.startswith("90"): assert text.count("not tried") >= 5
+
+
+FAST = "model = 'rwkv7-tiny'; data = rows; max_steps = 4; micro_bsz = 2; accumulate = 1; eval_split = 0.2; eval_steps = 2; save_steps = 2; forget_data = 'none'"
+VIEWS = f"""
+%load_ext rwkv_peft
+base, rows, asked = RWKV.load("rwkv7-tiny"), demo_rows("en")[:12], "User: What is a seed?\\n\\nAssistant:"
+data = read_data(rows, base.tokenizer); data
+data.show(0)
+data.check()
+%%rwkv_finetune planned --dry-run\n{FAST}
+%%rwkv_finetune made\n{FAST}; peft = 'lora'; lr_init = 4e-3; sample_prompts = [asked]
+%%rwkv_finetune tuned\n{FAST}; peft = 'state'; lr_init = 2.0; keep = 9
+report("runs/made")
+look.write_report("runs/made").name
+look.curves(made)
+look.remark_list(look.remarks(made))
+look.rows_behind(made, Remark("loss spike", 1, "for the test", (0, 1)))
+look.runs_table("runs")
+look.difference("runs/made", "runs/tuned")
+look.read_losses(base, data[0])
+look.loss_ribbon(look.read_losses(base, data[0]))
+look.compare(base, made.model, data[0])
+look.worst_rows(made.model, data, 3)
+look.mosaic(tuned.model)
+look.spectra(tuned.model)
+look.growth("runs/tuned")
+look.strip(tuned.model, asked, stops=(0, 1), max_tokens=12)
+look.state_over(tuned.model, asked)
+look.who_wrote(tuned.model, asked, layer=3, head=0)
+states.beside(tuned.model, asked)
+found = deltas("runs/made"); found
+assert isinstance(found, look.Deltas); change_map(found)
+look.delta_history("runs/made")
+recording = look.record(base, asked, max_tokens=12, sampler=Sampler(temperature=.8)); recording
+look.load_recording(look.save_recording(recording, "kept.safetensors"), base)
+look.inspect(recording, 3)
+look.stages_of(recording, 3)[0]
+look.what_if(recording, Sampler(temperature=2.0))
+look.rerun(recording, 3, max_tokens=5)
+look.tree(recording, 3, n=2, depth=2, tail=4)
+look.beside(base, made.model, asked, max_tokens=8)
+look.error_card(look.explain(ValueError("lr_int: there is no such setting; did you mean 'lr_init'?")))
+look.checkpoint_card("rwkv7-tiny")
+SamplerLab(recording)
+StateLab(tuned.model, asked, stops=(0, 1), max_tokens=12)
+"""
+
+
+def test_all_views_in_one_notebook_stay_small(tmp_path):
+    "Every view of `look` and both labs, saved: under 1.5 MB in all, no address, nothing that runs, and a text for each display."
+    imports = """from rwkv_peft import RWKV, look, read_data
+from rwkv_peft.bench.demo import demo_rows
+from rwkv_peft.look import states
+from rwkv_peft.look.deltas import change_map, deltas
+from rwkv_peft.look.report import report
+from rwkv_peft.look.runs import Remark
+from rwkv_peft.model.sample import Sampler
+from rwkv_peft.notebook.sampler_lab import SamplerLab
+from rwkv_peft.notebook.state_lab import StateLab"""
+    assert not [name for name in dir(look) if not re.search(rf"\b{name}\b", VIEWS)], "a view that this notebook doesn't hold"
+    cells = re.split(r"\n(?!model = )", VIEWS.strip())
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in (imports, *cells)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(root), prepend=os.pathsep)
+        NotebookClient(book, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}, store_widget_state=False).execute()
+    for cell in book.cells[4:]:
+        assert cell.outputs, cell.source
+        for o in cell.outputs:
+            assert o.output_type != "display_data" and o.output_type != "execute_result" or o.data["text/plain"].strip(), cell.source
+            said = json.dumps(o).lower()
+            assert not re.search(r"https?:", said) and "<script" not in said and "javascript" not in said and "<iframe" not in said, cell.source
+    assert len(nbformat.writes(book)) < 1_500_000

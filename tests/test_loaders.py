@@ -313,7 +313,7 @@ def test_what_is_cut_is_said_and_a_step_without_trained_tokens_changes_nothing(t
     for e in run.steps():
         if e["event"] == "step": states[e["step"]] = [p.detach().clone() for p in run.trained.values()]
     steps = [e for e in run.events if e["event"] == "step"]
-    assert any("row 1" in e["message"] and "never read" in e["message"] for e in run.events if e["event"] == "warning")
+    assert any("row 0" in e["message"] and "never read" in e["message"] for e in run.events if e["event"] == "warning")
     for e in steps:
         assert (e["loss"] == 0) == (e["rows"] == [0]) and e["tokens"] <= 4
         if e["step"] > 1: assert all(map(torch.equal, states[e["step"]], states[e["step"] - 1])) == (e["rows"] == [0])
@@ -340,7 +340,7 @@ def test_two_columns_of_other_names(tmp_path):
 
 @pytest.mark.parametrize("told, said", [
     (dict(dataload="buket"), ["'buket'", "did you mean 'bucket'"]), (dict(dataload=None), ["use one of bucket, pack, only, pad, get"]), (dict(ctx_len=0, dataload="pad"), ["ctx_len=0"]), (dict(ctx_len=2.0, dataload="pad"), ["ctx_len=2.0"]),
-    (dict(dataload="pack", ctx_len=8), ["row 3 has 9 tokens", "ctx_len=8", "long='cut'"]), (dict(dataload="bucket", ctx_len=8), ["row 3 has 9 tokens"]), (dict(dataload="get", ctx_len=20), ["21 tokens", "has 20"]),
+    (dict(dataload="pack", ctx_len=8), ["row 2 has 9 tokens", "ctx_len=8", "long='cut'"]), (dict(dataload="bucket", ctx_len=8), ["row 2 has 9 tokens"]), (dict(dataload="get", ctx_len=20), ["21 tokens", "has 20"]),
     (dict(dataload="pad", magic_prime=5), ["dataload='get'"]), (dict(dataload="get", ctx_len=2, magic_prime=9), ["isn't a prime"]), (dict(dataload="get", ctx_len=2, magic_prime=7), ["magic_prime=7 leaves 1"]), (dict(dataload="get", ctx_len=4, magic_prime=5), ["21 tokens", "magic_prime=5"]),
     (dict(rank=1), ["rank=1", "world=1"]), (dict(world=0), ["world=0"]), (dict(rank=-1), ["rank=-1"]), (dict(start=4), ["start=4", "3 batches"])])
 def test_refusals(told, said):
@@ -349,7 +349,7 @@ def test_refusals(told, said):
 
 
 def test_a_row_of_one_token_is_refused():
-    with pytest.raises(DataError, match="row 2 has fewer than two tokens"): batches([*numbers([3]), Example(torch.arange(1), torch.ones(1))])
+    with pytest.raises(DataError, match="row 1 has fewer than two tokens"): batches([*numbers([3]), Example(torch.arange(1), torch.ones(1))])
     with pytest.raises(DataError, match="nothing to train"): batches([], dataload="get")
 
 

@@ -173,3 +173,11 @@ def test_any_event_has_a_card(event): Markup(error_card(explain(event)))
 def test_any_words_are_kept(words):
     e = explain(RuntimeError(words))
     assert e.what == (words or "RuntimeError") and isinstance(str(e), str)
+
+
+def test_advice_names_what_is_there():
+    "The row's own columns, and the nearest file or model."
+    change = lambda error: explain(error).changes[0]
+    assert (change(raised(read_data, [{"question": "a", "answr": "b"}], Bytes())).value) == "['question', 'answr']"
+    assert change(ConfigError("model: 'rwkv7-tny' is neither a file nor a bundled model: bundled are rwkv7-tiny; did you mean 'rwkv7-tiny'?")).value == "'rwkv7-tiny'"
+    assert explain(ConfigError("lr_int: there is no such setting")).cause == "`%rwkv_finetune --help` lists all settings."

@@ -91,12 +91,12 @@ def test_heads_that_are_not_finite_are_named_and_the_others_measured():
     S[0, 1, 2, 2], S[1, 2, 0, 0] = math.nan, -math.inf
     values, hurt = look.spectrum(S), torch.tensor([[False, True, False], [False, False, True]])
     assert values[hurt].isnan().all() and torch.equal(values[~hurt], whole[~hurt])
-    said = Tags(look.spectra(S)).text
+    said = Markup(look.spectra(S)).text
     assert "layer 0, head 1; layer 1, head 2" in said and "nan" not in said and "inf" not in said.replace("finite", "")
-    assert "not finite" not in Tags(look.spectra(torch.ones(1, 1, 2, 2))).text
+    assert "not finite" not in Markup(look.spectra(torch.ones(1, 1, 2, 2))).text
     alt = look.mosaic(S).alt
     assert "layer 0, head 1; layer 1, head 2" in alt and "nan" not in alt
-    assert "–" in Tags(look.spectra(torch.full((1, 2, 4, 4), math.nan))).text and look.mosaic(torch.full((1, 1, 4, 4), math.nan)).data
+    assert "–" in Markup(look.spectra(torch.full((1, 2, 4, 4), math.nan))).text and look.mosaic(torch.full((1, 1, 4, 4), math.nan)).data
 
 
 def test_the_mosaic_says_what_it_shows():

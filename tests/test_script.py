@@ -85,7 +85,7 @@ def test_any_text_is_read_or_refused_in_a_sentence(text):
     (f"{LEAST} --micro_bsz 4 5", ["--micro_bsz takes one value, not 2"]),
     (f"{LEAST} --micro_bsz", ["takes one value, not none"]),
     (f"{LEAST} --micro_bsz 1.5", ["a whole number"]),
-    (f"{LEAST} --peft lora --lora_config {{lora_r:8}}", ["JSON", "single quotes"]),
+    (f"{LEAST} --peft lora --lora_config {{lora_r:8}}", ["JSON", "single quotes", '"lora_r": 8']),
     (f"{LEAST} --peft lora --lora_config '[8]'", ["JSON"]),
     (f"{LEAST}\n--peft loar", ["line 2", "did you mean 'lora'"]),
     (f"{LEAST} --peft bone --bone_config '{{\"bone_mode\":\"new\"}}'", ["mode 'new' is not known"]),

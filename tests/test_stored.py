@@ -92,7 +92,7 @@ def test_a_binidx_is_rows_of_which_everything_counts(tmp_path):
     for name in ("d", "d.bin", "d.idx"):
         data = read_data(tmp_path / name, World())
         assert [e.tokens.tolist() for e in data] == docs and [e.weights.tolist() for e in data] == [[0.] + [1.] * (len(d) - 1) for d in docs]
-        assert (list(data.lengths), data.trained, data.where(2), data.facts["loss_mask"]) == ([2, 1, 4], 7, "document 3", "none")
+        assert (list(data.lengths), data.trained, data.where(2), data.facts["loss_mask"]) == ([2, 1, 4], 7, "document 2", "none")
     assert [e.tokens.tolist() for e in read_data(tmp_path / "d", World(), ctx_len=2, long="cut")] == [[5, 6, 0], [7, 0], [9, 9, 9]]
     save_encoded(data, tmp_path / "kept")
     assert load_encoded(tmp_path / "kept").fingerprint() == data.fingerprint()

@@ -356,7 +356,7 @@ def test_a_broken_row_is_named_and_not_learnt(tmp_path):
     data = read_data(ROWS, Bytes())
     data[7].weights[-1] = math.inf
     run = make(tmp_path, data=data, eval_split=0., max_steps=20, micro_bsz=2)
-    with pytest.raises(TrainingError, match="row 8") as caught: run.fit()
+    with pytest.raises(TrainingError, match="row 7") as caught: run.fit()
     said = run.events[-1]
     assert said["event"] == "error" and said["rows"] == [7] == caught.value.rows and said["text"][0].strip("\0") == "7 + 0 = 7!!"
     assert "\n" not in str(caught.value) and "checkpoint" in str(caught.value)

@@ -34,7 +34,7 @@ def with_shots(rows: list[dict], shots: list[dict]) -> list[dict]:
 # %% ../../nbs/bench/10_demo.ipynb #b12c93a3
 def by_language(data: Dataset, rows: list[dict]) -> dict[str, Dataset]:
     "The examples of `data` by the language of the row in `rows` that each was made from."
-    return {lang: Dataset([e for e in data if rows[e.row - 1]["lang"] == lang], data.tokenizer, data.facts) for lang in ("en", "zh")}
+    return {lang: Dataset([e for e in data if rows[e.row]["lang"] == lang], data.tokenizer, data.facts) for lang in ("en", "zh")}
 
 # %% ../../nbs/bench/10_demo.ipynb #1e9c3465
 def compare(base: Any, tuned: dict[str, Any], held_out: Dataset, rows: list[dict] | None = None, shots: list[dict] = ()) -> "Comparison":
@@ -43,7 +43,7 @@ def compare(base: Any, tuned: dict[str, Any], held_out: Dataset, rows: list[dict
     loss = lambda model, data: evaluate(model, data, micro_bsz=16)["loss"]
     lines = {name: {part: loss(model, data) for part, data in parts.items()} for name, model in {"base": base, **tuned}.items()}
     if shots:
-        prompted = {lang: read_data(with_shots([rows[e.row - 1] for e in parts[lang]], [s for s in shots if s["lang"] == lang][:3]), base.tokenizer, loss_mask="last") for lang in ("en", "zh")}
+        prompted = {lang: read_data(with_shots([rows[e.row] for e in parts[lang]], [s for s in shots if s["lang"] == lang][:3]), base.tokenizer, loss_mask="last") for lang in ("en", "zh")}
         both = Dataset([e for data in prompted.values() for e in data], base.tokenizer)
         lines["base, 3 shots"] = {part: loss(base, data) for part, data in {"all": both, **prompted}.items()}
     return Comparison(lines)
@@ -79,7 +79,7 @@ def demo_cells(model: str, data: str | None, output: str, names: dict[str, str])
         ("markdown", "## State tuning"),
         ("code", f"%%rwkv_finetune {names['state']}\n{settings}peft = 'state'" + ("; epochs = 3" if own else "; lr_init = 5.0; epochs = 4; eval_steps = 44")),
         ("markdown", "## What changed"),
-        ("code", f"losses = compare(base, {tuned}, held_out" + ("" if own else ", rows, [rows[e.row - 1] for e in train]") + ")\nlosses"),
+        ("code", f"losses = compare(base, {tuned}, held_out" + ("" if own else ", rows, [rows[e.row] for e in train]") + ")\nlosses"),
         ("code", f"answers = samples(base, {tuned}, prompts)\nanswers"),
     ]
 

@@ -149,7 +149,7 @@ def lengths_of(data: Sequence[Example]) -> np.ndarray:
 # %% ../../nbs/data/40_batches.ipynb #0a4edc55
 def name_of(data: Sequence[Example], i: int) -> str:
     "Where row `i` came from, as the data set says it."
-    return data.where(i) if hasattr(data, "where") else f"row {i + 1}"
+    return data.where(i) if hasattr(data, "where") else f"row {i}"
 
 # %% ../../nbs/data/40_batches.ipynb #3edb18f7
 class Loader:

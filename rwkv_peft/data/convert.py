@@ -158,7 +158,7 @@ def summary(found: Mapping) -> str:
     if found.get("note"): lines.append(found["note"])
     if found.get("shape"): lines.append(f"rows of {found['shape']}" + (f" through the template {found['template']}" if found["template"] else "") + f", {found['tokenizer']} tokenizer")
     if found.get("shape", "text") != "text": lines.append("a pair has no loss mask: whatever trains on it trains every token")
-    if found.get("ignored"): lines.append(f"keys that nobody reads: {', '.join(found['ignored'])}")
+    if found.get("ignored"): lines.append(f"keys that aren't used: {', '.join(found['ignored'])}")
     if found.get("weighted"): lines.append(f"{found['weighted']:,} rows have a weight, which a pair can't keep")
     if found.get("unended"): lines.append(f"{found['unended']:,} documents have no id 0 at their end")
     return "\n".join(lines)

@@ -24,7 +24,7 @@ class Example:
     "One encoded row. tokens: int64 (T+1,); weights: float32 (T+1,), `weights[t]` weighs predicting `tokens[t]`."
     tokens: Tensor
     weights: Tensor
-    row: int = 0                # its line in the file or place in the list, from 1
+    row: int = -1               # its line in the file, from 1, or its index in the list, from 0; -1: nobody said
     segments: tuple = ()        # the rendered text: ((text, weight), ...)
 
     @property
@@ -124,7 +124,7 @@ def _weights_of(ids: Sequence[int], group: Sequence[tuple[str, float]], tokenize
     return [group[min(bisect_right(ends, start), len(group) - 1)][1] for start in starts[:-1]]
 
 # %% ../../nbs/data/30_masks.ipynb #7aa90d34
-def encode_segments(segments: Sequence[tuple[str, float]], tokenizer: Any, bos: bool = True, eos: bool = True, row: int = 0, pieces: Sequence[str] | None = None) -> Example:
+def encode_segments(segments: Sequence[tuple[str, float]], tokenizer: Any, bos: bool = True, eos: bool = True, row: int = -1, pieces: Sequence[str] | None = None) -> Example:
     """Each segment tokenised alone, joined, between two ids 0 (`bos`, `eos`); the last one weighs what the last segment weighs.
     `pieces` are the texts that are tokenised alone, where a mask has split them into segments."""
     tokens, weights = ([0], [np.zeros(1)]) if bos else ([], [])

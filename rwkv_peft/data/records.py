@@ -48,12 +48,12 @@ class Dataset:
     trained = property(lambda self: int(sum(trained_of(self.examples))), doc="Tokens of all rows together that have a weight above 0.")
     varied = property(lambda self: any(not np.array_equal(a, b) for a, b in pairwise(ids_of(self.examples))), doc="Whether there are two different rows.")
 
-    def where(self, i: int) -> str: return f"{self.facts.get('place', 'row')} {self[i].row}"
+    def where(self, i: int) -> str: return f"{self.facts.get('place', 'row')} {self[i].row if self[i].row >= 0 else i}"
     def text(self, i: int) -> str: return self.tokenizer.decode(self[i].tokens.tolist())
     def keys(self) -> Iterator[bytes]: return (sha256(ids.astype("<i8").tobytes()).digest() for ids in ids_of(self.examples))
     def contents(self) -> list[bytes]: return list(self.keys())
     def show(self, i: int) -> Html: return show_example(self[i], self._reader(), self.where(i))
-    def report(self, micro_bsz: int = 8, rows_per_step: int = 16) -> Report: return report_of(self, micro_bsz, rows_per_step)
+    def report(self, micro_bsz: int | None = None, rows_per_step: int | None = None) -> Report: return report_of(self, micro_bsz, rows_per_step)
     def check(self, held_out: "Dataset | None" = None) -> Problems: return check_dataset(self, held_out)
     def split(self, fraction: float = .02, seed: int = 0) -> tuple["Dataset", "Dataset"]: return split_dataset(self, fraction, seed)
     def dedup(self, near: float | None = None) -> "Dataset": return without_repeats(self, near)
@@ -165,7 +165,7 @@ def encode_to_disk(source: Source, pairs: Iterable[tuple[int, Any]], recipe: Rec
 
 # %% ../../nbs/data/35_records.ipynb #47454890
 def _documents(path: Path) -> Iterator[tuple[int, dict]]:
-    return ((i, {"input_ids": ids.tolist()}) for i, ids in enumerate(Stored(path).ids, 1))
+    return ((i, {"input_ids": ids.tolist()}) for i, ids in enumerate(Stored(path).ids))
 
 def _first(pairs: Iterator, opened: Source, bad: str) -> tuple[Row, list]:
     "The first row that can be used, and the pairs read so far, it among them."

@@ -18,7 +18,7 @@ class DataError(ValueError):
 # %% ../../nbs/data/10_rows.ipynb #571f2ba9
 @dataclass
 class Row:
-    "A checked row. `number` is its line in the file or its place in the list, both from 1."
+    "A checked row. `number` is its line in the file, from 1, or its index in the list, from 0."
     number: int
     shape: str                # "text", "pair", "instruct", "messages", "segments" or "ids"
     content: Any              # str; (prompt, completion); (instruction, input or "", output); [{"role", "content", "weight", ...}]; [(text, weight)]; ([ids], [weights] or None)
@@ -41,7 +41,7 @@ def _key(row: Mapping, part: str, fields: Mapping[str, str]) -> str:
     return other if other and row.get(part) is None and isinstance(_listed(row.get(other)), (list, tuple)) else part
 
 def _nearest(row: Mapping, known: Mapping[str, list], fields: Mapping[str, str]) -> str:
-    "; did you mean fields={...}, for the first shape whose every key is there or nearly there."
+    "; did you mean fields={...}, for the first shape whose every key is there or nearly there, or the row's own two texts as a pair."
     has = {str(k).lower(): k for k in row}
     for shape, keys in known.items():
         guess = dict(fields)
@@ -52,7 +52,8 @@ def _nearest(row: Mapping, known: Mapping[str, list], fields: Mapping[str, str])
         else:
             run = f" (in a run sft_field = [{guess.get('prompt', 'prompt')!r}, {guess.get('completion', 'completion')!r}])" if shape == "pair" else ""
             return f"; did you mean fields={guess}{run}?" if guess != dict(fields) else ""
-    return ""
+    texts = [k for k, v in row.items() if isinstance(v, str)]
+    return "" if fields or len(texts) != 2 else f"; if they are a question and its answer, say fields={dict(zip(KEYS['pair'], texts))} (in a run sft_field = {texts})"
 
 # %% ../../nbs/data/10_rows.ipynb #9b37d271
 def shape_of(row: Mapping, fields: Mapping[str, str], where: str) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Iterator, Mapping
 import bz2, csv, gzip, json, lzma, math, re, zlib
 from .rows import ALIASES, KEYS, OPTIONAL, DataError, Row, check_row
+from ..model.files import near_file
 
 # %% ../../nbs/data/15_sources.ipynb #17b55eb7
 _SPLIT = re.compile(r"\s*(\w[\w.-]*)?\s*(?:\[\s*(-?\d+%?)?\s*:\s*(-?\d+%?)?\s*\])?\s*")
@@ -70,7 +71,7 @@ def _decoded(raw: bytes, path: Any, number: int, nul: bool = True) -> str:
 
 def _parsed(text: str, where: str, needed: str = "every line must be one JSON object") -> Any:
     try: return json.loads(text)
-    except json.JSONDecodeError as e: said = f"{e.msg} at {f'line {e.lineno} ' if e.lineno > 1 else ''}column {e.colno}"
+    except json.JSONDecodeError as e: said = f"{e.msg.removesuffix(' at')} at {f'line {e.lineno} ' if e.lineno > 1 else ''}column {e.colno}"
     except (RecursionError, ValueError): said = "nested too deeply, or a number too long"
     raise DataError(f"{where} isn't JSON ({said}); {needed}")
 
@@ -143,7 +144,7 @@ def _json_pairs(path: Path, place: str) -> Iterator[tuple[int, Any]]:
     if isinstance(value, dict) and isinstance(value.get("data"), list): value = value["data"]
     if isinstance(value, dict): raise DataError(f"{path} is one JSON object with the keys {', '.join(map(repr, list(value)[:9]))}; give an array of rows, [row, ...], or {{\"data\": [row, ...]}}")
     if not isinstance(value, list): raise DataError(f"{path} is one JSON {type(value).__name__}; give an array of rows")
-    yield from enumerate(value, 1)
+    yield from enumerate(value)
 
 # %% ../../nbs/data/15_sources.ipynb #6847c672
 def _cell(column: str, text: str) -> Any:
@@ -185,12 +186,12 @@ def _parquet(path: Path) -> Any:
     except (OSError, ValueError, RuntimeError, LookupError, TypeError) as e: raise DataError(f"{path} can't be read as parquet ({' '.join(str(e).split())[:80]}); is the file whole?") from None
 
 def _parquet_pairs(path: Path, place: str) -> Iterator[tuple[int, dict]]:
-    number = 0
+    number = -1
     with _parquet(path) as file:
         try:
             for batch in file.iter_batches(batch_size=1000):
                 for value in batch.to_pylist(): yield (number := number + 1), value
-        except (OSError, ValueError, RuntimeError, LookupError, TypeError) as e: raise DataError(f"{path} can't be read after row {number:,} ({' '.join(str(e).split())[:80]}); is the file whole?") from None
+        except (OSError, ValueError, RuntimeError, LookupError, TypeError) as e: raise DataError(f"{path} can't be read from row {number + 1} on ({' '.join(str(e).split())[:80]}); is the file whole?") from None
 
 # %% ../../nbs/data/15_sources.ipynb #7af8cd12
 FORMATS = ("jsonl", "json", "csv", "tsv", "parquet", "txt", "lines", "paragraphs", "binidx")
@@ -224,8 +225,8 @@ def sniff(path: Path) -> tuple[str, str]:
 # %% ../../nbs/data/15_sources.ipynb #19df7b5a
 @dataclass
 class Source:
-    """Rows from anywhere: iterating yields (number from 1, raw value) of the rows that `split` keeps; a row keeps its number in the whole.
-    Numbers are lines where `place` is "FILE line". Made by `open_source`."""
+    """Rows from anywhere: iterating yields (number, raw value) of the rows that `split` keeps; a row keeps its number in the whole.
+    A line of a file (`place` is "FILE line") is counted from 1, as editors do; a row of anything else by its index, from 0, as Python does. Made by `open_source`."""
     name: str                                    # for facts and reports
     place: str                                   # "FILE line", "FILE row" or "row": what stands before a number in a sentence
     path: Path | None = field(repr=False)        # the file (a .bin for binidx), None for objects
@@ -242,7 +243,7 @@ class Source:
         start, stop = self.bounds()
         if self.format == "datasets" and hasattr(self.data, "select"):
             kept = range(*slice(start, stop).indices(len(self.data)))
-            return zip(range(start + 1, start + 1 + len(kept)), self.data.select(kept) if kept else ())
+            return zip(kept, self.data.select(kept) if kept else ())
         if self.format == "iterator" and self.spent: raise DataError(f"{self.name} was read before and is at its end; make a list of it, list(...), to read it more than once")
         self.spent = True
         return islice(_pairs(self), start, stop)
@@ -276,7 +277,7 @@ def total_of(source: Source) -> int | None:
 # %% ../../nbs/data/15_sources.ipynb #c26cf5e2
 def _table_pairs(table: Any) -> Iterator[tuple[int, dict]]:
     columns, missing = list(table.columns), table.isna().to_numpy()
-    for number, (values, gone) in enumerate(zip(table.itertuples(index=False, name=None), missing), 1):
+    for number, (values, gone) in enumerate(zip(table.itertuples(index=False, name=None), missing)):
         yield number, {c: None if no else v for c, v, no in zip(columns, values, gone)}
 
 def _pairs(source: Source) -> Iterator[tuple[int, Any]]:
@@ -285,7 +286,7 @@ def _pairs(source: Source) -> Iterator[tuple[int, Any]]:
     if source.format == "binidx": raise DataError(f"{path} holds tokens, not rows; read it with read_data")
     if path: return {"json": _json_pairs, "csv": partial(_csv_pairs, lenient=source.lenient), "tsv": partial(_csv_pairs, delimiter="\t", lenient=source.lenient), "parquet": _parquet_pairs}[source.format](path, place)
     if source.format == "pandas": return _table_pairs(data)
-    return enumerate(data if hasattr(data, "__iter__") else (data[i] for i in range(len(data))), 1)
+    return enumerate(data if hasattr(data, "__iter__") else (data[i] for i in range(len(data))))
 
 # %% ../../nbs/data/15_sources.ipynb #8411e435
 def _pair(path: Path) -> Path | None:
@@ -304,7 +305,8 @@ def _open_file(name: str, format: str | None, options: dict) -> Source:
     if binidx: return Source(name, "document", binidx, "binidx", **options)
     if not there:
         hub = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and path.suffix not in _SUFFIXES and not folder
-        raise DataError(f"{name} is {'a folder' if folder else 'not there'}; give a .jsonl file or a Python list of rows" + (f", or write hf://datasets/{name} for the data set on the Hugging Face hub" if hub else ""))
+        variable = "; a variable is written without quotes" if name.isidentifier() and not folder else ""
+        raise DataError(f"{name} is {'a folder' if folder else 'not there'}; give a .jsonl file or a Python list of rows" + (f", or write hf://datasets/{name} for the data set on the Hugging Face hub" if hub else "") + variable + near_file(path))
     if format == "binidx": raise DataError(f"{name} is no binidx; give the name of its .bin or .idx, or what stands before it")
     format, note = (format, "") if format else sniff(path)
     if format == "binidx": raise DataError(f"{name} is the index of a binidx; give both files the same name with .idx and .bin behind it")

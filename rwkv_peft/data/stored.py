@@ -175,7 +175,7 @@ class Stored(Sequence):
         i = operator.index(i)
         if not -len(self) <= i < len(self): raise IndexError(f"row {i} of {len(self):,}")
         i = i % len(self) if self.index is None else int(self.index[i])
-        first, row = (0.0, i + 1) if self.entries is None else (self.entries["first"][i], int(self.entries["row"][i]))
+        first, row = (0.0, i) if self.entries is None else (self.entries["first"][i], int(self.entries["row"][i]))
         return StoredExample(self._ids(i), self._spans(i), first, row, self.tokenizer)
 
 # %% ../../nbs/data/34_stored.ipynb #1dfe6acf
@@ -210,7 +210,7 @@ def trained_of(examples: Sequence[Example]) -> Sequence[int]:
 def rows_of(examples: Sequence[Example]) -> Sequence[int]:
     "The row number of each example: a list, or an int64 array."
     if not isinstance(examples, Stored): return [e.row for e in examples]
-    return examples._places() + 1 if examples.entries is None else examples.entries["row"][examples._places()]
+    return examples._places() if examples.entries is None else examples.entries["row"][examples._places()]
 
 # %% ../../nbs/data/34_stored.ipynb #a75844e1
 def ids_of(examples: Sequence[Example]) -> Iterator[np.ndarray]:
@@ -295,7 +295,7 @@ def told(value: Any, seen: tuple = ()) -> str:
 def content_key(path: str | Path, recipe: Recipe, **more: Any) -> str:
     "32 hex digits of the file's bytes and of everything else that the encoded rows depend on."
     settings = {name: getattr(recipe, name) for name in ("tokenizer", "template", "loss_mask", "shape", "fields", "bos", "eos", "mask_id", "format", "bad")}
-    digest = sha256(told([settings, more, metadata.version("rwkv_peft"), "layout 1"]).encode())
+    digest = sha256(told([settings, more, metadata.version("rwkv_peft"), "layout 2"]).encode())
     for each in (path, Path(path).with_suffix(".idx")) if recipe.format == "binidx" else (path,):
         with open(each, "rb") as file:
             while part := file.read(1 << 20): digest.update(part)

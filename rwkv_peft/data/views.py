@@ -43,12 +43,21 @@ def histogram(lengths: Sequence[int], bins: int = 16) -> str:
     return spark(np.bincount(np.minimum(bins - 1, n * bins // (top + 1)), minlength=bins).tolist())
 
 # %% ../../nbs/data/33_views.ipynb #5b822f79
+_NAMES = {"length_p50": "median length", "length_p95": "95 % of rows have at most", "length_max": "longest row"}
+_FAULTS = {"empty": "empty rows", "duplicates": "duplicates", "bad_rows": "rows that can't be used", "odd_roles": "unknown roles", "invalid_utf8": "bytes that aren't UTF-8", "bad_characters": "rows with lost characters"}
+
 class Report(dict):
-    "What is in a data set: a dictionary with a table for notebooks and lines for shells."
+    "What is in a data set: a dictionary with a table for notebooks and lines for shells. `assumed`: micro_bsz and rows_per_step are examples, since nobody said them."
 
     def lines(self) -> list[tuple[str, str]]:
         show = lambda v: f"{v:,}" if isinstance(v, int) else f"{v:.1%}" if isinstance(v, float) else ", ".join(map(str, v)) if isinstance(v, list) else str(v)
-        return [(k.replace("_", " "), show(v)) for k, v in self.items() if k != "notes" and v is not None]
+        given, word = {k: v for k, v in self.items() if v is not None and k not in ("notes", "assumed")}, "if" if self.get("assumed") else "with"
+        for k in _NAMES.keys() & given.keys(): given[k] = f"{given[k]:,} tokens"
+        if "padding_efficiency" in given: given["padding_efficiency"] = f"{1 - given['padding_efficiency']:.1%} of a batch, {word} micro_bsz = {given.pop('micro_bsz')}"
+        if "rows_per_step" in given: given["steps_per_epoch"] = f"{given['steps_per_epoch']:,}, {word} {given.pop('rows_per_step'):,} rows a step"
+        names = {**_NAMES, **_FAULTS, "lengths": f"lengths, 0 to {self['length_max']:,} tokens" if "length_max" in self else "lengths", "padding_efficiency": "padding"}
+        fine = [f"no {_FAULTS[k]}" for k in _FAULTS if given.get(k) == 0 and given.pop(k) == 0]
+        return [(names.get(k, k.replace("_", " ")), show(v)) for k, v in given.items()] + ([("checked", ", ".join(fine))] if fine else [])
 
     def __repr__(self) -> str:
         wide = max((len(k) for k, _ in self.lines()), default=0)
@@ -198,14 +207,15 @@ def left_out(facts: dict) -> list[str]:
     return said + ([f"{len(bad):,} rows that can't be used were left out: {some(bad)}; .check() says why"] if bad else [])
 
 # %% ../../nbs/data/33_views.ipynb #048cd816
-def report_of(data: Any, micro_bsz: int = 8, rows_per_step: int = 16) -> Report:
-    "The figures of `Dataset.report`; `micro_bsz` is the batch for which padding is counted, `rows_per_step` the rows of an optimiser step."
+def report_of(data: Any, micro_bsz: int | None = None, rows_per_step: int | None = None) -> Report:
+    "The figures of `Dataset.report`; `micro_bsz` is the batch for which padding is counted, `rows_per_step` the rows of an optimiser step; None: 8 and 16, as an example."
+    assumed, micro_bsz, rows_per_step = micro_bsz is None, micro_bsz or 8, rows_per_step or 16
     n, facts, looked = np.asarray(data.lengths, np.int64), data.facts, sample_of(len(data))
     tokens, trained, doubles = int(n.sum()), data.trained, len(data) - len(np.unique(np.fromiter((int.from_bytes(key[:8], "little") for key in data.keys()), np.uint64, len(data))))
     notes = [f"{doubles:,} of {len(data):,} rows are duplicates of another"] if doubles else []
     notes += left_out(facts)
     bad = [said for _, said in facts.get("bad", ())]
-    if facts.get("ignored"): notes.append("keys that nobody reads: " + ", ".join(facts["ignored"]))
+    if facts.get("ignored"): notes.append("the rows have keys that aren't used: " + ", ".join(facts["ignored"]))
     texts = [(text_problems(data, i), data.text(i)) for i in looked.tolist()] if data.tokenizer is not None else []
     odd, broken = sum(bool(p) for p, _ in texts), sum("\ufffd" in t for _, t in texts)
     if odd: notes.append(f"{odd:,} rows look odd; .check() lists them")
@@ -214,7 +224,7 @@ def report_of(data: Any, micro_bsz: int = 8, rows_per_step: int = 16) -> Report:
                   length_p50=percentile(n, .5), length_p95=percentile(n, .95), length_max=int(n.max(initial=0)), lengths=histogram(n),
                   empty=int((n <= bool(facts.get("eos"))).sum()), duplicates=doubles, bad_rows=len(bad), odd_roles=sum(" has role " in said for said in bad), invalid_utf8=sum(" isn't UTF-8 " in said for said in bad), bad_characters=broken, padding_efficiency=padding_efficiency(n, micro_bsz), micro_bsz=micro_bsz,
                   steps_per_epoch=-(-len(data) // rows_per_step), rows_per_step=rows_per_step, ctx_len=facts.get("ctx_len"), template=facts.get("template"), loss_mask=facts.get("loss_mask"),
-                  tokenizer=getattr(data.tokenizer, "name", None), source=facts.get("source"), notes=notes)
+                  tokenizer=getattr(data.tokenizer, "name", None), source=facts.get("source"), notes=notes, **({"assumed": True} if assumed else {}))
 
 # %% ../../nbs/data/33_views.ipynb #6b31bf71
 def text_problems(data: Any, i: int) -> list[str]:

@@ -176,7 +176,7 @@ def second(s: Seen) -> Explanation | None:
 def setting_names(s: Seen) -> Explanation | None:
     "A name or a value that no setting has."
     name, near = s.says(r"(?:^|[:;] |\n)(\w+): (?:there is no such setting|'[^']*' is not known)"), s.says(r"did you mean '([^']+)'")
-    if name and "there is no such setting" in s.words: return _say("no such setting", s, "`%%rwkv_finetune --help` lists all settings.", *([Change(near[1], "the value", f"the nearest name to {name[1]!r}")] if near else []))
+    if name and "there is no such setting" in s.words: return _say("no such setting", s, "`%rwkv_finetune --help` lists all settings.", *([Change(near[1], "the value", f"the nearest name to {name[1]!r}")] if near else []))
     if name: return _say("no such value", s, "The allowed ones stand above.", *([Change(name[1], repr(near[1]), "the nearest allowed value")] if near else []))
 
 # %% ../../nbs/look/65_errors.ipynb #491beb6a
@@ -184,7 +184,8 @@ def files(s: Seen) -> Explanation | None:
     "A file that isn't there, or isn't whole."
     told = s.says(r"(?:^|\n)(model|data|eval_data|forget_data|adapter|state)\b")
     name = told[1] if told else "model" if "CheckpointError" in s.names else None
-    change = [Change(name, "the right path", "relative paths start at the notebook's folder")] if name else []
+    near = s.says(r"did you mean ('[^']+')")
+    change = [Change(name, near[1] if near else "the right path", "the nearest name that is there" if near else "relative paths start at the notebook's folder")] if name else []
     if "FileNotFoundError" in s.names or errno.ENOENT in s.numbers or s.says(r"there is no file|doesn't exist: check the path|No such file or directory|is neither a file nor a bundled model|\bis not there; give"):
         return _say("a file is missing", s, "Nothing has this name there: look for a wrong folder or a typing error.", *change)
     if s.says(r"is cut short|is damaged|is no checkpoint|isn't a complete RWKV|is the file whole"): return _say("a file is damaged or of another kind", s, "A download may have ended early: compare its size with the one at its source.", *change)
@@ -193,7 +194,7 @@ def files(s: Seen) -> Explanation | None:
 def rows_of_data(s: Seen) -> Explanation | None:
     "Rows that can't be used: wrong columns, too long, nothing to learn."
     if s.says(r"but not '|shapes at once|fields (?:has|is)|two columns are needed|keys of other names"):
-        return _say("the rows have other columns", s, "Rows are text, prompt and completion, instruction and output, or messages; other names must be told.", Change("sft_field", '["question", "answer"]', "the names of your two columns"), Change("data", "read_data(rows, tokenizer, fields={...})", "for columns of other shapes"))
+        return _say("the rows have other columns", s, "Rows are text, prompt and completion, instruction and output, or messages; other names must be told.", Change("sft_field", own[1] if (own := s.says(r"sft_field = (\[[^\]]*\])")) else '["question", "answer"]', "the names of your two columns"), Change("data", "read_data(rows, tokenizer, fields={...})", "for columns of other shapes"))
     if s.says(r"more than ctx_len"): return _say("a row is too long", s, "Nothing is cut unless it's said.", *([Change("ctx_len", found[1].replace(",", ""), "long enough for this row")] if (found := s.says(r"has ([\d,]+) tokens, more than")) else []), Change("long", '"cut"', "the ends of long rows are lost"), Change("long", '"drop"', "long rows are left out, counted and listed"))
     if s.says(r"token to train"): return _say("nothing is learnt in a row", s, "The mask leaves no token of it to learn: an empty answer, or a mask for another kind of rows.", Change("loss_mask", '"all"', "every token is learnt"), Change("untrained", '"drop"', "such rows are left out, counted and listed"))
     if "DataError" in s.names: return _say("a row can't be used", s, "The sentence above says which row, and what to change in it.", Change("bad", '"drop"', "such rows are left out, counted and listed"))

@@ -7,6 +7,7 @@ __all__ = ['version_of', 'by_web_rwkv', 'config_of', 'blank', 'layout', 'read', 
            'download', 'fastest_dtype', 'load', 'base_tensors', 'official', 'save', 'fingerprint']
 
 # %% ../../nbs/model/60_checkpoint.ipynb #d3741080
+from difflib import get_close_matches
 import hashlib
 import json
 import os
@@ -15,7 +16,7 @@ from importlib.resources import files
 from pathlib import Path
 import torch
 from torch import Tensor, nn
-from .files import CheckpointError, read_tensors, write_tensors
+from .files import CheckpointError, near_file, read_tensors, write_tensors
 from .linear import Linear
 from .names import renamed, to_official
 from .quant import kind_of, quantize
@@ -157,7 +158,8 @@ def locate(path_or_name: str | os.PathLike) -> Path:
     if text.startswith("hf://"): return download(text)
     if text in bundled() and not Path(text).exists(): return Path(str(files("rwkv_peft") / "models" / f"{text}.safetensors"))
     if not Path(text).exists() and not Path(text).suffix and os.sep not in text:
-        raise CheckpointError(f"{text!r} is neither a file nor a bundled model: bundled are {', '.join(bundled()) or 'none'}")
+        near = get_close_matches(text, bundled(), 1)
+        raise CheckpointError(f"{text!r} is neither a file nor a bundled model: bundled are {', '.join(bundled()) or 'none'}" + (f"; did you mean {near[0]!r}?" if near else near_file(text)))
     return Path(text)
 
 # %% ../../nbs/model/60_checkpoint.ipynb #5d15e3d3

@@ -40,7 +40,7 @@ FLAGS = {"--background": "return at once; `await run`, `run.wait()` and `run.sto
          "--dry-run": "show the plan and train nothing",
          "--resume": "go on where the run of this name stopped",
          "--show-code": "print the Python that this cell stands for",
-         "--help": "list every setting with its default"}
+         "--help": "list every setting with its default; alone in a cell it has one %: %rwkv_finetune --help"}
 
 class Options(NamedTuple):
     "What the first line said: the run's name ('' when it has none) and the flags given."
@@ -86,7 +86,7 @@ def parse_body(body: str, known) -> list[Setting]:
     seen: dict[str, Setting] = {}
     for setting in (_one_setting(node, body) for node in tree.body):
         name, line = setting.name, setting.line
-        if name not in known: raise usage_error(f"body line {line}: unknown setting {name!r}{nearest(name, known)} (`%%rwkv_finetune --help` lists them all)")
+        if name not in known: raise usage_error(f"body line {line}: unknown setting {name!r}{nearest(name, known)} (`%rwkv_finetune --help` lists them all)")
         if name in seen: raise usage_error(f"body line {line}: {name} was already set on line {seen[name].line}; keep one of them")
         seen[name] = setting
     return list(seen.values())
@@ -287,7 +287,7 @@ def restorer(config: Any) -> Callable[[], None]:
 
 # %% ../../nbs/notebook/20_magic.ipynb #1d697d8a
 class Finetune:
-    "`%%rwkv_finetune NAME`: settings as `name = expression` lines, or as the flags of an RWKV-PEFT script. `--help` lists them."
+    "`%%rwkv_finetune NAME`: settings as `name = expression` lines, or as the flags of an RWKV-PEFT script. `%rwkv_finetune --help` lists them."
 
     def __init__(self, shell: Any): self.shell = shell
 

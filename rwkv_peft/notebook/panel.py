@@ -259,7 +259,7 @@ def show_rows(panel: Panel, i: int):
     i = max(0, min(int(i), len(data) - 1))
     problems = data.check()
     odd = tag("ul", *(tag("li", f"{p['row']}: {p['problem']}") for p in problems[:5]), *([tag("li", f"and {len(problems) - 5:,} more")] if len(problems) > 5 else [])) if problems else tag("div", "no problems found")
-    panel.put(tag("div", tag("b", f"Row {i:,} of {len(data):,}"), data.show(i), tag("details", tag("summary", f"all rows · {len(problems):,} to look at"), Html(data.report()._repr_html_()), odd)), data.text(i))
+    panel.put(tag("div", tag("b", f"Row {i:,} of {len(data):,}"), data.show(i), tag("details", tag("summary", f"all rows · {len(problems):,} to look at"), Html(data.report(config.micro_bsz)._repr_html_()), odd)), data.text(i))
 
 # %% ../../nbs/notebook/36_panel.ipynb #e85d5ea1
 def run_of(panel: Panel) -> Run:

@@ -88,7 +88,7 @@ def paired_bootstrap(before: Sequence[float], after: Sequence[float], sizes: Seq
 # %% ../../nbs/train/60_evaluate.ipynb #d51ed61b
 def by_document(examples: Sequence, *columns: Sequence[float]) -> list[list[float]]:
     "`columns` (a number for each example) summed over the examples of one document: those next to each other that have the same row."
-    places = [[i for i, _ in part] for _, part in groupby(enumerate(examples), key=lambda p: p[1].row or -p[0] - 1)]
+    places = [[i for i, _ in part] for _, part in groupby(enumerate(examples), key=lambda p: p[1].row if p[1].row >= 0 else -p[0] - 1)]
     return [[sum(column[i] for i in place) for place in places] for column in columns]
 
 # %% ../../nbs/train/60_evaluate.ipynb #20089023

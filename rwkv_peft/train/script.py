@@ -184,7 +184,7 @@ class Flags:
         words = self.given[name][1]
         if isinstance(usual, list): return re.findall(r"[^\s\[\],\"']+", " ".join(words)) if "".join(words).startswith("[") else words
         if len(words) != 1: raise ConfigError(f"line {self.line(name)}: --{name} takes one value, not {len(words) or 'none'}{f' ({words})' if words else ''}; a value with spaces stands in quotes")
-        kind, expected = type(usual), {int: "a whole number", float: "a number", dict: "a JSON table; write it in single quotes, '{\"r\": 8}'"}
+        kind, expected = type(usual), {int: "a whole number", float: "a number", dict: f"a JSON table; write it in single quotes, '{json.dumps(usual or {'r' if name in ('disha_config', 'peft_config') else 'bone_r': 64})}'"}
         try: value = json.loads(words[0]) if kind is dict else kind(words[0])
         except (ValueError, RecursionError): value = None
         if not isinstance(value, kind): raise ConfigError(f"line {self.line(name)}: --{name} {words[0]!r} should be {expected[kind]}")
