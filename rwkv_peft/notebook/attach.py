@@ -46,6 +46,18 @@ async def _ended(run: "Attached") -> "Attached":
     while not run.thread.finished.is_set(): await asyncio.sleep(.05)
     return run.wait()
 
+def _new(run: "Attached") -> list[dict]:
+    "What was written since the last look. A file that is shorter than then is another run's, so all of it is new. ValueError names a line that is no event."
+    file = run.folder / "events.jsonl"
+    if file.exists() and file.stat().st_size < run.place: run.events, run.place, run.view.progress = [], 0, Progress(place=str(run.folder))
+    try: found, run.place = new_events(file, run.place)
+    except ValueError:
+        read_events(file)      # says which line
+        raise
+    return found
+
+def _minus(a: Any, b: Any): return difference(a, b) if hasattr(a, "events") and hasattr(b, "events") else NotImplemented
+
 # %% ../../nbs/notebook/25_attach.ipynb #db233bcc
 class Attached:
     """A run that is followed from its folder. `progress` is what is known of it, `events` all that it said; `stop()` asks it to save and end after its step, `wait()` and `await` return at its end.
@@ -55,7 +67,7 @@ class Attached:
     def __init__(self, folder: str | Path, view: Any):
         self.folder, self.view, self.left, self.thread = Path(folder), view, threading.Event(), None
         self.events, self.place = [], 0
-        self.events = self.new()
+        self.events = _new(self)
         view.progress, view.failed = progress_of(self.events, self.folder), next((e for e in self.events[-1:] if e["event"] == "error"), None)
 
     @property
@@ -64,20 +76,10 @@ class Attached:
     @property
     def over(self) -> bool: return is_over(self.events)
 
-    def new(self) -> list[dict]:
-        "What was written since the last look. A file that is shorter than then is another run's, so all of it is new. ValueError names a line that is no event."
-        file = self.folder / "events.jsonl"
-        if file.exists() and file.stat().st_size < self.place: self.events, self.place, self.view.progress = [], 0, Progress(place=str(self.folder))
-        try: found, self.place = new_events(file, self.place)
-        except ValueError:
-            read_events(file)      # says which line
-            raise
-        return found
-
     def steps(self) -> Iterator[dict]:
         "Events as they are written, until the run ends, its process is gone, or `leave()`."
         while not (self.over or self.left.wait(.2)):
-            found = self.new()
+            found = _new(self)
             for event in found:
                 self.events.append(event)
                 yield event
@@ -109,8 +111,7 @@ class Attached:
         from rwkv_peft.train.loop import report_of
         return report_of(self)
 
-    def __sub__(self, other: Any): return difference(self, other) if hasattr(other, "events") else NotImplemented
-    def __rsub__(self, other: Any): return difference(other, self) if hasattr(other, "events") else NotImplemented
+    __sub__, __rsub__ = lambda self, other: _minus(self, other), lambda self, other: _minus(other, self)
     def __repr__(self) -> str: return f"Attached({str(self.folder)!r}), {self.progress.status}, step {self.progress.step}"
 
 # %% ../../nbs/notebook/25_attach.ipynb #0190c210
