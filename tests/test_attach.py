@@ -6,11 +6,13 @@ import subprocess
 import sys
 import time
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
+from IPython.core.error import UsageError
 
 from rwkv_peft.look.report import progress_of, report
-from rwkv_peft.notebook.attach import Watcher, attach, run_folder, run_names
+from rwkv_peft.notebook.attach import Attach, Watcher, attach, run_folder, run_names
 from rwkv_peft.notebook.card import TextCard
 from rwkv_peft.notebook.magic import alive
 from rwkv_peft.train.events import is_gone, read_events
@@ -226,3 +228,9 @@ def test_a_moved_run_knows_its_new_place(tmp_path):
     assert attach(folder, view=TextCard()).progress.folder == str(folder)
     assert f"{str(folder)}</code>" in report(folder) and f"{str(run.folder)}</code>" not in report(folder)             # settings and plan stay as they were
     assert attach(os.path.relpath(folder), view=TextCard()).progress.folder == os.path.relpath(folder)
+
+
+def test_a_wrong_name_leaves_no_card(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys.modules["rwkv_peft.notebook.attach"], "view_for", lambda shell: pytest.fail("a card was shown"))
+    with pytest.raises(UsageError, match="nobody"): Attach(SimpleNamespace(user_ns={}))("nobody")

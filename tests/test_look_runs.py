@@ -1,7 +1,10 @@
 "What is said of runs: over events made by hand, whose answers are known, and over tiny runs that fit by heart, fall apart, or differ in one setting."
 import json
 import math
+import os
+import platform
 import re
+import time
 
 import numpy as np
 import pytest
@@ -254,3 +257,11 @@ def test_real_runs_are_told_and_subtracted(train):
     assert d.results["held-out loss, first"][2] == 0 and not d.notes
     with pytest.raises(TypeError): one - 1
     assert [f["name"] for f in runs_in(one.folder.parent, by="name")] == ["boom", "by-heart", "r-1", "r-2"]
+
+
+def test_a_run_that_trains_now_is_not_called_unfinished(tmp_path):
+    "This very process wrote it a moment ago."
+    (tmp_path / "now").mkdir()
+    told = [{**start("now"), "time": time.time(), "pid": os.getpid(), "host": platform.node()}, *steps([2., 1.])]
+    (tmp_path / "now/events.jsonl").write_text("".join(json.dumps(e | {"time": time.time()}) + "\n" for e in told))
+    assert runs_in(tmp_path)[0]["status"] == "training"

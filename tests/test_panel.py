@@ -233,10 +233,12 @@ def test_a_complaint_about_no_field_is_not_lost():
 
 def test_the_filter_finds_what_it_says():
     panel = panel_of()
-    for text in ("", "learning rate", "nothing like this"):
+    for text in ("", "learning rate", "rate learning", "nothing like this"):
         panel.parts["filter"].value = text
         shown = [box for group in panel.groups.children for box in group.children]
-        assert shown == [f.box for f in panel.fields.values() if text in f"{f.name} {f.row['description']}".lower()]
+        assert shown == [f.box for f in panel.fields.values() if all(word in f"{f.name} {f.row['description']}".lower() for word in text.split())]
+        assert ("no setting says that" in panel.parts["message"].value) == (not shown)
+        if "rate" in text: assert panel.fields["lr_init"].box in panel.groups.children[panel.groups.selected_index].children
 
 
 def test_what_is_at_hand_is_proposed(tmp_path):
@@ -573,3 +575,25 @@ def test_the_filter_makes_no_widgets_and_a_new_panel_closes_the_old_one(here, sh
     panel.set(r=3)                                                                  # the old one is held by somebody: it does nothing, and doesn't fail
     panel.heard()
     close(shell.user_ns["panel"])
+
+
+def test_a_page_that_was_loaded_again_gets_its_panel_back(here, shell, monkeypatch):
+    "The cell that opened the panel is run again while its run trains: the same panel, with the run that can still be stopped; its run is a variable."
+    names, shown = shell.user_ns, []
+    names |= {"model": small(), "rows": rows, "clicked": "mine"}
+    cell = "model = model; data = rows; accumulate = 1; max_steps = 1000000; eval_steps = 1000000"
+    open_panel(shell, "clicked", cell)
+    panel = names["panel"]
+    monkeypatch.setattr(Panel, "show", lambda panel: shown.append(panel))
+    panel.start()
+    panel.task.join()
+    until(lambda: panel.view.progress.step >= 1)
+    assert names["run"] is panel.run and names["clicked"] == "mine"                  # what is no run is left alone
+    panel.set(seed=7)
+    assert "for the next run" in panel.parts["message"].value
+    open_panel(shell, "clicked", cell)
+    assert names["panel"] is panel and shown == [panel] and panel.box.comm is not None
+    panel.stop()
+    panel.wait()
+    open_panel(shell, "clicked", cell)
+    assert names["panel"] is not panel and "stopped at step" in repr(panel.run) and "runs/clicked" in repr(panel.run)

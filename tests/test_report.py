@@ -292,3 +292,9 @@ def test_a_terminal_obeys_no_row(capsys):
     view.close()
     out = capsys.readouterr().out
     assert not set("\x1b\x07\u202e") & set(out) and r"row \x1b[2J\x07 \u202eabc" in out and "\nnext \u05e9\n" in out and r"a\x1b[31mb: done" in out
+
+
+def test_the_card_says_what_can_be_done_now():
+    at = lambda status: advice(Progress(status=status, step=3, start={"folder": "runs/x"}))
+    assert at("paused").startswith("paused at step 3") and "unpause()" in at("paused") and "--resume" not in at("paused")
+    assert "run.stop()" in at("training") and "--resume" in at("stopped")

@@ -150,10 +150,11 @@ def advice(p: Progress) -> str:
     cell = f"`%rwkv_finetune {shlex.quote(name)} --resume` or " if Path(p.folder).parent == Path("runs") and plain else ""
     again = f"{cell}`rwkv_peft.Run.resume({p.folder!r}).fit()`"
     match p.status:
-        case "stopped" | "paused": return f"stopped at step {p.step} — resume with {again}"
+        case "stopped": return f"stopped at step {p.step} — resume with {again}"
+        case "paused": return f"paused at step {p.step} — go on with `run.unpause()` or Resume; `run.stop()` saves and ends"
         case "done": return f"{_cut(p.message) or 'done'}; everything is in `{p.folder}`, the trained model in `run.model`"
         case "error": return (_cut(p.message) or "the run failed") + (f" — after a repair, go on from the last save with {again}" if p.saved else "")
-    return "■ stops after this step and saves"
+    return "■ stops after this step and saves; a run in the background is stopped by `run.stop()`"
 
 def _cut(text: str, most: int = 2000) -> str: return text if len(text) <= most else f"{text[:most]}… (cut; events.jsonl has all {len(text):,} characters)"
 

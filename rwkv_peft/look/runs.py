@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any, Iterable, Mapping, Sequence
 import math
 import re
+import time
 import numpy as np
 from .report import events_file, means, progress_of
 from ..show.curve import curve, describe
 from ..show.html import AS_TEXT, Html, in_words, table, tag
 from ..train.config import Config
-from ..train.events import read_events, timeline
+from ..train.events import is_gone, read_events, timeline
 from ..train.folder import holds_run, load_rows
 from ..train.loop import Run, finetune
 
@@ -236,7 +237,7 @@ def _facts(events: list[dict]) -> dict:
     methods = (start.get("plan") or {}).get("methods") or [in_words(p.config.get("peft", "?"))]
     held = [x for x in column(events, "eval", "loss")[1] if math.isfinite(x)]
     began = start.get("time")
-    return {"status": "unfinished" if p.status in ("training", "starting") else p.status, "method": " + ".join(map(str, methods)), "step": p.step, "loss": p.loss, "held out": min(held, default=None),
+    return {"status": "unfinished" if p.status in ("training", "starting", "paused") and (not events or is_gone(events, time.time())) else p.status, "method": " + ".join(map(str, methods)), "step": p.step, "loss": p.loss, "held out": min(held, default=None),
             "tokens/s": p.tokens / p.seconds if p.seconds else None, "memory": p.memory or None, "date": began and datetime.fromtimestamp(began).strftime("%Y-%m-%d %H:%M:%S")}
 
 # %% ../../nbs/look/60_runs.ipynb #ca5e848a

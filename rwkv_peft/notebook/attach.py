@@ -141,7 +141,7 @@ class Attach:
     def __call__(self, line: str):
         name = line.strip().strip("'\"")
         if not name: raise usage_error(f"%rwkv_attach: which run? give its name or its folder ({', '.join(run_names()[:5]) or 'there is none in runs'})")
-        try: run = attach(name, view=view_for(self.shell))
+        try: run = attach(name)
         except (OSError, ValueError) as error: raise usage_error(f"%rwkv_attach {error}") from error
         names, word = self.shell.user_ns, variable(Path(name).name)
         names["attached"] = run

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FILES', 'GOING', 'OVER', 'FIRST', 'Place', 'PanelCard', 'hushed', 'Panel', 'fill', 'look_over', 'readable', 'sound',
-           'work', 'wait_for', 'offers', 'key_of', 'show_rows', 'run_of', 'show_plan_of', 'begin', 'free', 'set_off',
-           'alive_run', 'go_on', 'set_buttons', 'folder_of_run', 'show_run', 'show_runs', 'show_difference',
+           'work', 'wait_for', 'offers', 'key_of', 'show_rows', 'run_of', 'show_plan_of', 'begin', 'free', 'bind',
+           'set_off', 'alive_run', 'go_on', 'set_buttons', 'folder_of_run', 'show_run', 'show_runs', 'show_difference',
            'write_out', 'answer', 'pressed', 'parts_of', 'box_of', 'find', 'take_preset', 'read_in', 'read_back',
            'show_panel', 'close', 'open_panel']
 
@@ -25,16 +25,15 @@ from ..look.report import plan_card, progress_of
 from ..look.runs import curves, difference, remark_list, remarks, runs_table
 from .card import LiveCard, Throttle, card_bundle
 from .chat import Conversation, conversation_table, form_of, models_of
-from .magic import alive, complaints, launch, refuse_second, restorer, usage_error
+from .magic import alive, complaints, launch, refuse_second, restorer, usage_error, variable
 from .panel_form import PRESETS, Field, cell_of, complaints_of, field_text, form_table, looked_up, python_of, read_cell
 from .attach import run_folder, run_names
 from .results import write_result
 from ..model.checkpoint import bundled, config_of, read
 from ..model.sample import Sampler
 from ..model.tokenizer import tokenizer_for
+from ..data.views import visible
 from ..show.html import AS_TEXT, Html, tag
-from ..train.config import Config, ConfigError
-from ..train.events import read_events
 from ..train.config import Config, ConfigError, settings_table
 from ..train.events import claim, read_events, unclaim
 from ..train.loop import Run, finetune, prepare, read_rows_of
@@ -173,7 +172,7 @@ def look_over(panel: Panel) -> Config | None:
         fold = tag("details", tag("summary", "the cell that these settings stand for"), tag("pre", cell, dir="ltr", style="white-space:pre-wrap;overflow-wrap:anywhere"), class_=AS_TEXT)
         panel.record.update({"text/html": str(fold), "text/plain": cell})
     for name, field in panel.fields.items(): field.complain(said.get(name, ""))
-    panel.tell(said.get("", ""))
+    panel.tell(said.get("") or ("for the next run; the one that trains goes on as it began" if panel.run is not None and panel.view.progress.status in GOING else ""))
     return config
 
 # %% ../../nbs/notebook/36_panel.ipynb #d2a98c11
@@ -259,7 +258,7 @@ def show_rows(panel: Panel, i: int):
     i = max(0, min(int(i), len(data) - 1))
     problems = data.check()
     odd = tag("ul", *(tag("li", f"{p['row']}: {p['problem']}") for p in problems[:5]), *([tag("li", f"and {len(problems) - 5:,} more")] if len(problems) > 5 else [])) if problems else tag("div", "no problems found")
-    panel.put(tag("div", tag("b", f"Row {i:,} of {len(data):,}"), data.show(i), tag("details", tag("summary", f"all rows · {len(problems):,} to look at"), Html(data.report(config.micro_bsz)._repr_html_()), odd)), data.text(i))
+    panel.put(tag("div", tag("b", f"Row {i:,} of {len(data):,}"), data.show(i), tag("details", tag("summary", f"all rows · {len(problems):,} to look at"), Html(data.report(config.micro_bsz)._repr_html_()), odd)), visible(data.text(i)))
 
 # %% ../../nbs/notebook/36_panel.ipynb #e85d5ea1
 def run_of(panel: Panel) -> Run:
@@ -300,6 +299,13 @@ def free(panel: Panel):
     if panel.run is not None and panel.view.progress.status in OVER: panel.run.thread.finished.wait()
     refuse_second()
 
+# %% ../../nbs/notebook/36_panel.ipynb #4289ef1f
+def bind(panel: Panel, run: Run):
+    "Makes `run` the notebook's variable `run`, and the one of its name, unless they hold something that is no run."
+    space = panel.names.maps[-1]
+    for word in filter(None, ("run", variable(run.folder.name))):
+        if isinstance(space.get(word, run), Run): space[word] = run
+
 # %% ../../nbs/notebook/36_panel.ipynb #dc504a62
 def set_off(panel: Panel, run: Run):
     "Claims the process for `run`, prepares it, and starts its thread; from here on its card speaks, so the sheet is cleared. If it can't be prepared, a model object is as it was. TrainingError while another run trains."
@@ -312,6 +318,7 @@ def set_off(panel: Panel, run: Run):
             raise
         panel.run = run
         panel.put(Html(""))
+        bind(panel, run)
         launch(run, panel.view, run.folder.name, background=True)
     except BaseException:
         unclaim(run)
@@ -352,7 +359,7 @@ def set_buttons(panel: Panel):
         kept, mine = parts[which].value, panel.run.folder.name if panel.run is not None else None
         if which == "one" and mine not in parts[which].options: kept = mine             # the panel's own run, when it's new in the list
         if tuple(parts[which].options) != tuple(names): parts[which].options = names
-        if names: parts[which].value = kept if kept in names else names[0]
+        if names: parts[which].value = kept if kept in names else names[-1 if which == "other" else 0]
 
 # %% ../../nbs/notebook/36_panel.ipynb #1b400d23
 def folder_of_run(panel: Panel, name: str | None) -> Path:
@@ -385,7 +392,8 @@ def write_out(panel: Panel, out: str, name: str | None, state: bool):
     if not out.strip(): raise ConfigError("the file needs a name, such as my-model.pth; its end says the format: pth, safetensors, st, gguf; a name without an end is a folder for Hugging Face")
     said: list[str] = []
     path = write_result(folder_of_run(panel, name), out.strip(), state=state, say=said.append)
-    panel.put(tag("div", tag("b", f"✓ {path}"), tag("ul", *(tag("li", line) for line in said))), f"wrote {path}")
+    load = f"RWKV.load({str(path)!r})" if path.suffix in (".pth", ".safetensors") else ""
+    panel.put(tag("div", tag("b", f"✓ {path.absolute()}"), tag("ul", *(tag("li", line) for line in said), *([tag("li", "it's read back by ", tag("code", load))] if load else []))), f"wrote {path}")
 
 # %% ../../nbs/notebook/36_panel.ipynb #0761ca92
 def answer(panel: Panel, question: str, name: str | None = None, temperature: float = 1.0, top_p: float = .3, seed: int = 0, max_tokens: int = 120):
@@ -437,7 +445,7 @@ def parts_of(panel: Panel) -> dict[str, Any]:
     p |= {"temperature": w.FloatText(description="temperature", value=1.0, style=style, layout=w.Layout(width="16em")), "top_p": w.FloatText(description="top_p", value=.3, style=style, layout=w.Layout(width="16em")), "seed": w.IntText(description="seed", value=0, style=style, layout=w.Layout(width="16em"))}
     p["ask"] = button("Ask both", lambda: panel.ask(p["question"].value, name=p["one"].value, **{k: p[k].value for k in ("temperature", "top_p", "seed")}), "primary")
     p["forget"] = button("New talk", lambda: setattr(panel, "talk", None) or panel.put(conversation_table([])))
-    p["cell"] = w.Textarea(rows=10, layout=w.Layout(width="100%"))
+    p["cell"] = w.Textarea(rows=10, layout=w.Layout(width="auto"))
     p["read"] = button("Read this cell", lambda: read_back(panel))
     p["python"] = button("As Python", lambda: panel.put(tag("pre", panel.as_python()), panel.as_python()))
     return p
@@ -463,15 +471,16 @@ def box_of(panel: Panel) -> Any:
 
 # %% ../../nbs/notebook/36_panel.ipynb #7429d1ac
 def find(panel: Panel):
-    "Shows the settings whose name or description holds the filter's text, in their groups; all, folded, without a text."
-    text, groups = panel.parts["filter"].value.strip().lower(), {}
+    "Shows the settings whose names or descriptions hold all words of the filter, in their groups, the one with the most open; all, folded, without a word."
+    words, groups = panel.parts["filter"].value.lower().split(), {}
     for field in panel.fields.values():
-        if text in f"{field.name} {field.row['description']}".lower(): groups.setdefault(field.row["group"], []).append(field.box)
+        if all(word in f"{field.name} {field.row['description']}".lower() for word in words): groups.setdefault(field.row["group"], []).append(field.box)
     panel.groups.selected_index = None
     for group, boxes in groups.items(): panel.sections[group].children = boxes
     panel.groups.children = [panel.sections[group] for group in groups]
     for i, (group, boxes) in enumerate(groups.items()): panel.groups.set_title(i, f"{group} ({len(boxes)})")
-    if text and groups: panel.groups.selected_index = 0
+    if words and groups: panel.groups.selected_index = max(range(len(groups)), key=lambda i: len([*groups.values()][i]))
+    panel.tell("" if groups else "no setting says that; try one word, such as rate, batch or mask")
 
 # %% ../../nbs/notebook/36_panel.ipynb #a3162cb4
 def take_preset(panel: Panel):
@@ -492,6 +501,7 @@ def read_in(text: str, names: Mapping, fill_in: Callable[[dict], Panel]) -> Pane
 # %% ../../nbs/notebook/36_panel.ipynb #6b9f0e90
 def read_back(panel: Panel):
     "Fills in the form from the text of the cell; what the cell doesn't say goes back to its default."
+    panel.put(Html(""))
     read_in(panel.parts["cell"].value, panel.names, lambda values: panel.set(**{name: values.get(name) for name in panel.fields}) or panel)
 
 # %% ../../nbs/notebook/36_panel.ipynb #4c0f48f2
@@ -514,9 +524,12 @@ def close(panel: Panel):
 
 # %% ../../nbs/notebook/36_panel.ipynb #23fae953
 def open_panel(shell: Any, line: str = "", cell: str = ""):
-    "`%rwkv_panel [NAME]`, or `%%rwkv_panel` with the body of a `%%rwkv_finetune` cell: shows a panel, and binds it to the variable `panel`; an earlier one there is closed."
+    "`%rwkv_panel [NAME]`, or `%%rwkv_panel` with the body of a `%%rwkv_finetune` cell: shows a panel, and binds it to the variable `panel`; an earlier one there is closed, or, while its run goes on, shown once more in its place."
     names = shell.user_ns
     if not isinstance(names.get("panel", None), (Panel, type(None))): raise usage_error(f"the variable panel holds a {type(names['panel']).__name__} already, and the panel would replace it; rename that first")
+    if (earlier := names.get("panel")) is not None and earlier.view.progress.status in GOING and earlier.run is not None:
+        earlier.tell(f"the run {earlier.run.folder.name} goes on; this is its panel, and the cell's settings are read when it has ended")
+        return earlier.show()
     with complaints([]): panel = Panel.from_cell(f"%%rwkv_panel {line}\n{cell}", names)
     if names.get("panel") is not None: close(names["panel"])
     names["panel"] = panel

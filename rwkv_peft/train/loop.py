@@ -531,7 +531,7 @@ def find_rate(run: Run):
     if run.settled.lr_final is None: run.settled.lr_final = run.settled.lr_init / 10
 
 # %% ../../nbs/train/70_loop.ipynb #8789a8c1
-def _taken(folder: Path) -> str: return f"name: {str(folder)!r} holds a run already; choose another name, or pass resume=True to go on with it"
+def _taken(folder: Path) -> str: return f"name: {str(folder)!r} holds a run already; choose another name, or go on with it (resume = True; in a cell --resume)"
 
 
 def _versions() -> dict:
@@ -683,6 +683,12 @@ def asked(run: Run) -> tuple[bool, bool]:
     return bool(told & 1), bool(told & 2)
 
 Run.say, Run.work = _say, _work
+
+def _brief(run: Run) -> str:
+    last = run.events[-1] if run.events else {"event": "not started"}
+    return f"<Run {run.folder.name}: {last.get('message') or last['event']}; its folder is {run.folder}>"
+
+Run.__repr__ = _brief
 
 def _model(run: Run) -> nn.Module | None:
     "What trains here; or, once ranks have trained, their result, read when it is first asked for."
