@@ -108,6 +108,7 @@ def test_a_plan_is_told_in_sentences_and_as_a_bar():
     assert "Needs 8.00 GiB for tensors at the peak and 0.50 GiB to 1.00 GiB beside them; 16.00 GiB are there. It fits." in text
     widths = [float(value) for name, value in Markup(html).attributes if name == "width" and "." in value]
     assert [round(w / widths[1]) for w in widths] == [4, 1, 0, 3, 1] and drawn(PLAN)      # of 9 GiB, and 16 are within sight
+    assert "few to judge by" not in text and "; 3 are held out, few to judge by; a larger eval_split holds out more." in words(plan_card("x", PLAN | {"held_out_rows": 3}))
     assert "LoRA trains 25" in words(plan_card("x", PLAN | {"methods": ["LoRA"]})) and "learning rate to be found before the first step." in words(plan_card("x", PLAN | {"lr_init": None}))
     tight = PLAN | {"memory": MEMORY | {"room": 2**33, "fits": False, "cheapest": {"change": {"quant": "nf4"}, "peak": 2**32}}}
     assert "It doesn't fit; the cheapest change that does: quant = nf4 (4.00 GiB)" in words(plan_card("x", tight))

@@ -222,8 +222,10 @@ def card(p: Progress) -> Html:
 def plan_sentences(plan: Mapping) -> list[str]:
     "What a run would do, from `run.plan()`, in three sentences: its work, what it trains, and where."
     share, trains = plan["trained"] / max(1, plan["parameters"]), "trains" if len(plan["methods"]) == 1 else "train"
+    held = plan["held_out_rows"]
+    judges = f"{held:,} are held out" + (", few to judge by; a larger eval_split holds out more" if 0 < held < 10 else "")
     rate = "to be found before the first step" if plan["lr_init"] is None else f"{plan['lr_init']:.3g}"
-    return [f"{plan['steps']:,} steps of {plan['rows_per_step']:,} rows: {plan['epochs']:,.4g} times over {plan['rows']:,} rows; {plan['held_out_rows']:,} are held out.",
+    return [f"{plan['steps']:,} steps of {plan['rows_per_step']:,} rows: {plan['epochs']:,.4g} times over {plan['rows']:,} rows; {judges}.",
             f"{' and '.join(plan['methods'])} {trains} {plan['trained']:,} of {plan['parameters']:,} numbers ({share:.2%}), learning rate {rate}.",
             f"On {plan['device']} in {plan['precision']}; time: {plan['time']}."]
 

@@ -183,7 +183,7 @@ def _label(name: str, s: Sampler) -> str:
     return said.get(name, name)
 
 def _stage_table(stages: list[Stage], token: int, sampler: Sampler) -> Html:
-    three = lambda stage: tag("span", *(tag("span", _shown(text), f" {p:.1%}", "; " if k < 2 else "", style="white-space:nowrap") for k, (_, text, p) in enumerate(stage.top[:3])))
+    three = lambda stage: tag("span", *(tag("span", tag("code", _shown(text)), f" {p:.1%}", "; " if k < 2 else "", style="white-space:nowrap") for k, (_, text, p) in enumerate(stage.top[:3])))
     rows = [[_label(s.name, sampler), s.left, f"{s.kept:.1%}", f"{s.own:.1%}", f"{s.entropy:.2f}", f"{s.p[token]:.1%}", three(s)] for s in stages]
     return tag("div", table(rows, head=["stage", "tokens left", "kept of the stage before", "kept of the model's own", "entropy, bits", "this token", "likeliest"], caption=f"Stages, in {_ORDERS[sampler.order]}"), style="overflow-x:auto")
 
@@ -239,7 +239,7 @@ class WhatIf:
         if i is None: return tag("div", f"The same random numbers draw the same {len(r) - r.begin} tokens." + rounded)
         before, after = ([*s.stages(r.scores(i), seen_before(r, i, s.decay), r.prompt).values()][-1] for s in (r.sampler, self.sampler))
         shown = lambda t: tag("span", _shown(piece(r.tokenizer, t)), f" ({before[t]:.1%} → {after[t]:.1%})")
-        return tag("div", f"The first difference is token {i}: in place of ", shown(r.tokens[i]), " the same random number draws ", shown(self.token), f". What follows stands on the old text and isn't compared; rerun(recording, {i}, sampler) writes it anew." + rounded)
+        return tag("div", f"The first difference is token {i}: in place of ", shown(r.tokens[i]), " the same random number draws ", shown(self.token), f". What follows stands on the old text and isn't compared; a re-run from there, rerun(recording, {i}, sampler), writes it anew." + rounded)
     def _repr_html_(self) -> str:
         legend = "" if self.first is None else f"Orange and dashed: token {self.first}, the first that is drawn differently; after it, unpainted, the old text."
         return str(tag("div", self.sentence(), ribbon(self.recording, self.first, None if self.first is None else self.first + 1, legend)))

@@ -31,8 +31,6 @@ from ..peft.inits import EVA, StartedAdapter
 from ..peft.lisa import refit, refuse_with_zero
 from .config import Config, ConfigError, recorded
 from .evaluate import LONGEST, change_of, document_losses, evaluate, keep_losses, mean_loss, read_general, row_to_show, save_general, token_losses, trained_bytes
-from .events import EventLog, event, read_events, timeline
-from .evaluate import change_of, document_losses, evaluate, keep_losses, mean_loss, read_general, save_general, trained_bytes
 from .events import EventLog, TrainingError, claim, event, other_writer, read_events, timeline, unclaim
 from .folder import OwnRandomness, checkpoints, folder_of, holds_run, load_checkpoint, load_config, load_rows, prune, save_changes, save_checkpoint, save_config, save_rows, sweep
 from .infctx import infctx
