@@ -63,7 +63,7 @@ class Progress:
     @property
     def steps(self) -> int: return int((self.start.get("plan") or {}).get("steps") or 0)
     @property
-    def window(self) -> float: return max(20, self.steps / 50)      # steps of the running mean: a fiftieth of the curve's width
+    def window(self) -> float: return max(20, self.seen / 50)      # steps of the running mean: a fiftieth of the curve's width
 
 # %% ../../nbs/look/10_report.ipynb #049590b0
 def _thin(points: tuple) -> tuple: return points if len(points) <= 800 else tuple(zip(*decimate(*zip(*points), points=400)))
@@ -225,7 +225,8 @@ def plan_sentences(plan: Mapping) -> list[str]:
     held = plan["held_out_rows"]
     judges = f"{held:,} are held out" + (", few to judge by; a larger eval_split holds out more" if 0 < held < 10 else "")
     rate = "to be found before the first step" if plan["lr_init"] is None else f"{plan['lr_init']:.3g}"
-    return [f"{plan['steps']:,} steps of {plan['rows_per_step']:,} rows: {plan['epochs']:,.4g} times over {plan['rows']:,} rows; {judges}.",
+    rows, epochs = f"{plan['rows_per_step']:,} row{'s' * (plan['rows_per_step'] != 1)}", plan["epochs"]
+    return [f"{plan['steps']:,} steps of {rows}: {epochs:{',.0f' if epochs >= 100 else '.4g'}} times over {plan['rows']:,} rows; {judges}.",
             f"{' and '.join(plan['methods'])} {trains} {plan['trained']:,} of {plan['parameters']:,} numbers ({share:.2%}), learning rate {rate}.",
             f"On {plan['device']} in {plan['precision']}; time: {plan['time']}."]
 

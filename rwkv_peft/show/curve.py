@@ -167,6 +167,7 @@ def curve_png(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], x: 
     if names: figure.legend(frameon=False, loc="outside upper right", ncols=columns, fontsize=8, labelcolor=GREY)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_edgecolor(GREY)
+    axes.set_facecolor("none")
     axes.tick_params(colors=GREY)
     for text in (axes.title, axes.xaxis.label, axes.yaxis.label): text.set_color(GREY)
     buffer = io.BytesIO()
