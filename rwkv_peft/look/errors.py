@@ -33,7 +33,7 @@ class Explanation:
     changes: tuple[Change, ...] = ()
     rows: tuple[tuple[str, str], ...] = ()
 
-    def __str__(self) -> str: return "\n".join([f"{self.kind}: {self.what}", self.cause, *(f"  {c.setting} = {c.value}    # {c.why}" for c in self.changes)])
+    def __str__(self) -> str: return "\n".join([f"{self.kind}: {self.what}", *([self.cause] if self.cause else []), *(f"  {c.setting} = {c.value}    # {c.why}" for c in self.changes)])
     def _repr_html_(self) -> str: return str(error_card(self))
 
 # %% ../../nbs/look/65_errors.ipynb #bf2c83cd
@@ -51,7 +51,8 @@ def error_card(e: Explanation) -> Html:
     what = tag("div", _cut(e.what, 2000), dir="auto", style="white-space:pre-wrap;margin:.3em 0")
     changes = [table([[_assigned(c), c.why] for c in e.changes], head=["to change", "because"])] if e.changes else []
     rows = [tag("div", tag("b", where), tag("div", _cut(text, 500), dir="auto", style="white-space:pre-wrap;font-family:monospace;margin-left:1em")) for where, text in e.rows]
-    return tag("div", tag("div", tag("b", f"✗ {e.kind}")), what, *rows, tag("div", *(tag("code", piece) if odd % 2 else piece for odd, piece in enumerate(e.cause.split("`"))), style="margin:.3em 0"), *changes, style=_FRAME, class_=AS_TEXT, role="group", aria_label=f"error: {e.kind}")
+    cause = [tag("div", *(tag("code", piece) if odd % 2 else piece for odd, piece in enumerate(e.cause.split("`"))), style="margin:.3em 0")] if e.cause else []
+    return tag("div", tag("div", tag("b", f"✗ {e.kind}")), what, *rows, *cause, *changes, style=_FRAME, class_=AS_TEXT, role="group", aria_label=f"error: {e.kind}")
 
 # %% ../../nbs/look/65_errors.ipynb #5d53904f
 @dataclass(frozen=True)
@@ -201,7 +202,8 @@ def rows_of_data(s: Seen) -> Explanation | None:
 
 # %% ../../nbs/look/65_errors.ipynb #b750eadb
 RULES: tuple[Callable[[Seen], Explanation | None], ...] = (memory, disk, second, setting_names, device, base, vocabulary, strategy, numbers, files, rows_of_data)
-OURS = {"ConfigError", "TrainingError", "CheckpointError", "AdapterError", "MethodError", "SampleError", "RankError", "DataError", "TokenizerError", "UsageError"}
+OURS = {"ConfigError": "a setting doesn't fit", "TrainingError": "the run can't go on", "CheckpointError": "a checkpoint can't be used", "AdapterError": "an adapter can't be used", "MethodError": "a method doesn't fit",
+        "SampleError": "no text can be drawn", "RankError": "another process failed", "DataError": "a row can't be used", "TokenizerError": "a text can't be encoded", "UsageError": "not now, or not so"}      # their sentences say what to change
 
 def explain(error: BaseException | Mapping, settings: Mapping = {}) -> Explanation:
     "What happened, the likely cause, and up to three settings to change, for an exception or a run's `error` event. `settings`: those of the run, for values that fit; an unknown error is told as it is."
@@ -210,6 +212,6 @@ def explain(error: BaseException | Mapping, settings: Mapping = {}) -> Explanati
     words = str(error.get("message") or "") if isinstance(error, Mapping) else str(error)
     rows = tuple(zip(map(str, error.get("where") or ()), map(str, error.get("text") or ()))) if isinstance(error, Mapping) else ()
     found = next(filter(None, (rule(s) for rule in RULES)), None)
-    if found is None and s.names & OURS: found = Explanation(name, "", "The sentence above says what to change.")
+    if found is None and (ours := next((kind for n, kind in OURS.items() if n in s.names), None)): found = Explanation(ours, "", "")
     if found is None: found = Explanation(name, "", "This error isn't known here. A report of it needs what `%rwkv_env` prints, the settings, and the whole traceback.")
     return Explanation(found.kind, words or name, found.cause, found.changes, rows)
