@@ -487,5 +487,5 @@ def history_card(history: History) -> Html:
     steps, relative, norms, effective, used = zip(*rows)
     sizes = {"median ‖ΔW‖ in % of ‖W‖": (steps, relative)} if any(map(math.isfinite, relative)) else {"median ‖ΔW‖": (steps, norms)}
     head = ["step", "‖ΔW‖ in % of ‖W‖", "‖ΔW‖", "effective rank", "directions for 90 %"]
-    parts = [tag("div", tag("b", tag("bdi", history.source)), f": the median matrix over {len(rows)} checkpoints"), curve(sizes, y="size", height=160), curve({"effective rank": (steps, effective), "directions for 90 %": (steps, used)}, y="directions", height=160), table(rows, head=head)]
+    parts = [tag("div", tag("b", tag("bdi", history.source)), f": the median matrix over the {len(rows)} checkpoints that the run kept"), curve(sizes, y="size", height=160), curve({"effective rank": (steps, effective), "directions for 90 %": (steps, used)}, y="directions", height=160), table(rows, head=head)]
     return tag("div", *parts, style="color:inherit;background:transparent;max-width:60em", class_=AS_TEXT)

@@ -141,10 +141,11 @@ class Growth:
     steps: list[int]
     norms: Tensor
 
+    def __repr__(self) -> str: return f"<Growth of {self.norms.shape[1]} layers over the checkpoints of steps {', '.join(map(str, self.steps))}>"
     def _repr_html_(self) -> str:
         L = self.norms.shape[1]
         lines = {f"layer {i}": (self.steps, self.norms[:, i].mean(-1).tolist()) for i in some(L)}
-        return str(curve(lines, y="norm, mean over heads" + ("" if L <= 5 else f", {len(some(L))} of {L} layers")))
+        return str(curve(lines, x="step, of the checkpoints that the run kept", y="norm, mean over heads" + ("" if L <= 5 else f", {len(some(L))} of {L} layers")))
 
 # %% ../../nbs/look/30_states.ipynb #6be6d0f9
 def growth(folder: str | os.PathLike) -> Growth:
@@ -165,6 +166,7 @@ class Beside:
     read: Tensor
     tokens: int             # of the prompt
 
+    def __repr__(self) -> str: return f"<Beside: a tuned memory of {len(self.cosine)} layers and the one after {self.tokens} tokens, cosine {self.cosine.min():.2f} to {self.cosine.max():.2f}>"
     def _repr_html_(self) -> str:
         L, H = self.cosine.shape
         span = lambda x: " to ".join(dict.fromkeys(f"{f(x).item():.2f}" for f in (torch.min, torch.max)))
@@ -294,6 +296,7 @@ class Evolution:
     change: Tensor
     half_life: Tensor
 
+    def __repr__(self) -> str: return f"<Evolution of a memory of {len(self.start)} layers over {len(self.tokens)} tokens>"
     def ribbon(self, layer: int | None = None, head: int | None = None) -> Html:
         "The tokens, painted by write strength: the mean over the chosen layers and heads, each measured by its own mean over the text; above it blue, below it orange."
         L, H = self.start.shape
@@ -367,6 +370,7 @@ class Writes:
     parts: Tensor
     y: Tensor
 
+    def __repr__(self) -> str: return f"<Writes: who wrote what layer {self.layer}, head {self.head} reads at token {self.at}>"
     def shares(self) -> Tensor:
         "(at + 2,) the share of each part along their sum, the start first; they add up to 1. Zeros where the sum is zero."
         whole = self.parts.sum(0)
