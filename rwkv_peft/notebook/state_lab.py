@@ -7,7 +7,7 @@ __all__ = ['StateLab']
 
 # %% ../../nbs/notebook/55_state_lab.ipynb #da65cb1e
 from typing import Any, Sequence
-from .sampler_lab import attempt
+from .sampler_lab import attempt, show_controls
 from ..look.states import departed, memory, mosaic, sample_at, strip
 from ..show.html import AS_TEXT, Html, tag
 
@@ -54,8 +54,7 @@ class StateLab:
         "Display the strip, the controls and both pictures; shown twice, they are the same ones in two places."
         from IPython.display import display
         display(self.strip)
-        view = {"version_major": 2, "version_minor": 0, "model_id": self.controls().model_id}
-        display({"application/vnd.jupyter.widget-view+json": view, "text/plain": "(a slider and two menus, which need a live kernel; the pictures below are as they were left)"}, raw=True)
+        show_controls(self.controls(), "(a slider and two menus, which need a live kernel; the pictures below are as they were left)")
         for which in ("sample", "mosaic"):
             self.pictures[which] = display(self.drawn(which), display_id=getattr(self.pictures.get(which), "display_id", True))
 
