@@ -118,15 +118,15 @@ def test_a_plan_is_told_in_sentences_and_as_a_bar():
 
 
 def test_the_running_mean_is_one():
-    "A plain mean while its window fills; drawn once it has seen three of them; a NaN is left out; a resumed run goes back with it."
-    losses = [3.0, 1.0, "nan", *(2 + (-1) ** i * .5 for i in range(97))]
+    "A plain mean while its window fills; drawn once it has seen ten of them; a NaN is left out; a resumed run goes back with it."
+    losses = [3.0, 1.0, "nan", *(2 + (-1) ** i * .5 for i in range(98))]
     p = known([{"event": "step", "step": i + 1, "loss": loss} for i, loss in enumerate(losses)])
     good = [float(x) for x in losses if x != "nan"]
-    assert p.trend[18][1] == pytest.approx(sum(good[:19]) / 19) and p.seen == 99 and means(p)["training"][0][-1] == 100
-    slow = sum(good[:20]) / 20
-    for loss in good[20:]: slow = .95 * slow + .05 * loss
+    assert p.trend[8][1] == pytest.approx(sum(good[:9]) / 9) and p.seen == 100 and means(p)["training"][0][-1] == 101
+    slow = sum(good[:10]) / 10
+    for loss in good[10:]: slow = .9 * slow + .1 * loss
     assert p.trend[-1][1] == pytest.approx(slow)
-    assert means(known([{"event": "step", "step": i, "loss": 1.0} for i in range(59)])) == {}
+    assert means(known([{"event": "step", "step": i, "loss": 1.0} for i in range(99)])) == {}
     long = known([{"event": "step", "step": i, "loss": float(i < 5000)} for i in range(10_000)])
     assert means(long)["training"][1][-1] == pytest.approx(math.exp(-50 * math.log(2)), abs=.01) and len(long.trend) <= 800      # a window of a fiftieth of what was seen
     back = advance(p, {"event": "resumed", "step": 50})

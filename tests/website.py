@@ -22,7 +22,7 @@ GREEK_AND_KIN = [(r"\\tfrac", r"\\frac"), (r"\\[bB]ig[lr]?(?![a-z])", ""), (r"\\
 STYLE = """:root { color-scheme: light dark } body { font-family: system-ui, sans-serif; line-height: 1.5; margin: 0; display: flex }
 nav { flex: 0 0 15em; height: 100vh; overflow: auto; position: sticky; top: 0; padding: 1em; box-sizing: border-box; font-size: .9em; border-right: 1px solid color-mix(in srgb, currentColor 20%, transparent) }
 nav a { display: block; padding: .1em 0; text-decoration: none; color: inherit } nav a[aria-current] { font-weight: bold; text-decoration: underline } summary { cursor: pointer; padding: .2em 0 }
-main { flex: 1; min-width: 0; max-width: 60em; padding: 0 2em 4em } pre, code { font-family: monospace } pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 } img { max-width: 100%; background: white }
+main { flex: 1; min-width: 0; max-width: 60em; padding: 0 2em 4em } pre, code { font-family: monospace } pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 } img { max-width: 100% }
 .highlight { background: color-mix(in srgb, currentColor 6%, transparent); padding: .4em .6em; border-radius: 4px; margin: .6em 0 } .anchor-link { display: none } table { border-collapse: collapse } td, th { padding: .2em .6em; border-bottom: 1px solid color-mix(in srgb, currentColor 20%, transparent); vertical-align: top; text-align: left }
 .output { border-left: 3px solid color-mix(in srgb, currentColor 20%, transparent); padding-left: .8em; margin: .4em 0; overflow-x: auto } .tex { fill: currentColor; stroke: none } .formula { text-align: center; margin: 1em 0; overflow-x: auto }
 @media (max-width: 50em) { body { display: block } nav { position: static; height: auto; border: 0 } main { padding: 0 1em } }

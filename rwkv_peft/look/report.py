@@ -63,7 +63,7 @@ class Progress:
     @property
     def steps(self) -> int: return int((self.start.get("plan") or {}).get("steps") or 0)
     @property
-    def window(self) -> float: return max(20, self.seen / 50)      # steps of the running mean: a fiftieth of the curve's width
+    def window(self) -> float: return max(10, self.seen / 50)      # steps of the running mean: a fiftieth of the curve's width
 
 # %% ../../nbs/look/10_report.ipynb #049590b0
 def _thin(points: tuple) -> tuple: return points if len(points) <= 800 else tuple(zip(*decimate(*zip(*points), points=400)))
@@ -249,8 +249,8 @@ def series(p: Progress) -> dict:
 
 # %% ../../nbs/look/10_report.ipynb #3293048d
 def means(p: Progress) -> dict:
-    "The running mean of the training loss over steps, for `show.curve`; none before it has seen three of its windows."
-    return {"training": tuple(zip(*p.trend))} if p.seen >= 3 * p.window else {}
+    "The running mean of the training loss over steps, for `show.curve`; none before it has seen ten of its windows, since a mean lags behind a curve that falls."
+    return {"training": tuple(zip(*p.trend))} if p.seen >= 10 * p.window else {}
 
 # %% ../../nbs/look/10_report.ipynb #f3e900c7
 def judgement(p: Progress) -> dict[str, list]:
