@@ -18,7 +18,7 @@ from rwkv_peft.model.rwkv import RWKV, RWKVConfig
 from rwkv_peft.model.tokenizer import Bytes, World
 from rwkv_peft.train.config import Config, ConfigError
 from rwkv_peft.train.evaluate import LONGEST, by_document, change_of, document_losses, evaluate, general_rows, keep_losses, paired_bootstrap, read_general, row_to_show, trained_bytes
-from rwkv_peft.train.events import EventLog, read_events
+from rwkv_peft.train.events import EventLog, read_lines
 from rwkv_peft.train.loop import Run, finetune
 from rwkv_peft.train.loss import on_device
 
@@ -184,7 +184,7 @@ def test_a_run_keeps_the_losses_of_one_row_token_by_token(ran, tmp_path):
     run, base, _ = ran
     i = run.shown
     lengths = sorted(e.length for e in run.held_out)
-    example, kept = run.held_out[i], {line["step"]: line["row"] for line in read_events(run.folder / "eval.jsonl")}
+    example, kept = run.held_out[i], {line["step"]: line["row"] for line in read_lines(run.folder / "eval.jsonl")}
     assert example.length == lengths[len(lengths) // 2] and {row["i"] for row in kept.values()} == {i}
     best = run.report()["best_step"]
     for step, model in ((0, base), (best, run.model.eval())):

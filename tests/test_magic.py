@@ -302,7 +302,8 @@ def test_what_the_curves_show_is_worked_out_once(monkeypatch, tmp_path):
     import rwkv_peft.look.runs as runs
     found, asked, view = remarks, [], TextCard()
     for module in (magic, runs): monkeypatch.setattr(module, "remarks", lambda source: asked.append(source) or found(source))
-    events = [{"event": "start", "config": {"name": "x"}, "folder": str(tmp_path)}, *({"event": "step", "step": i, "loss": 1., "lr": 1.} for i in (1, 2)), {"event": "done", "step": 2}]
+    step = {"event": "step", "time": 0, "loss": 1., "lr": 1., "grad_norm": 1., "tokens": 9, "seconds": .1, "memory": 9, "rows": [0]}
+    events = [{"event": "start", "time": 0, "config": {"name": "x"}, "plan": {}, "data": {}, "versions": {}, "folder": str(tmp_path)}, *(step | {"step": i} for i in (1, 2)), {"event": "done", "time": 0, "step": 2, "best_step": None, "message": ""}]
     (tmp_path / "events.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))
     last = magic.WithReport(view)
     for event in events: last.take(event)
