@@ -198,7 +198,7 @@ def test_a_run_keeps_the_losses_of_one_row_token_by_token(ran, tmp_path):
     assert "rank " not in " ".join([seen, *alone.values("title")]) and f"{before.loss:.3f} nats each" in alone.text
     shutil.copytree(run.folder, tmp_path / "run")
     shutil.rmtree(tmp_path / "run/data/held_out")
-    assert report(tmp_path / "run") == report(run.events)                                                # a row that can't be read is left out
+    assert report(tmp_path / "run").replace(str(tmp_path / "run"), str(run.folder)) == report(run.events)                                                # a row that can't be read is left out
 
 
 def test_the_row_that_is_shown_is_an_ordinary_one_and_trains_something():
