@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 
 from markup import Markup
 from rwkv_peft.show.curve import curve, curve_png, curve_svg, decimate, describe, spark, ticks
@@ -152,6 +152,7 @@ def test_decimation_keeps_a_gap():
 
 
 @given(st.floats(-1e12, 1e12), st.floats(1e-6, 1e12))
+@example(3602879702.7265625, 1e-06)
 def test_ticks_are_inside_and_evenly_spaced(low, width):
     high = low + width
     found = ticks(low, high)

@@ -443,7 +443,7 @@ def test_event_log_survives_a_torn_line_and_a_full_disk(tmp_path, monkeypatch):
 
 def test_a_taken_name_is_refused(tmp_path):
     list(make(tmp_path, max_steps=1).steps())
-    with pytest.raises(ConfigError, match="name: .*holds a run already.*resume=True"): make(tmp_path)
+    with pytest.raises(ConfigError, match="name: .*holds a run already.*resume = True"): make(tmp_path)
 
 
 def test_a_model_with_adapters_is_refused(tmp_path):

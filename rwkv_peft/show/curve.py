@@ -35,7 +35,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     unit = 10.0 ** math.floor(math.log10((high - low) / count))
     step = next(m * unit for m in (1, 2, 5, 10) if m * unit * count >= (high - low) * .999)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [i * step for i in range(first, last + 1)]
+    return list(dict.fromkeys(i * step for i in range(first, last + 1)))      # numbers so large that neighbours are one
 
 # %% ../../nbs/show/20_curve.ipynb #7b7bfb2e
 def _range(values: Sequence[float], room: float) -> tuple[float, float]:
