@@ -16,12 +16,12 @@ import math
 import os
 import re
 import shlex
-from ..show.bars import stacked
 import torch
 from ..data.batches import name_of
 from ..data.masks import Example
 from ..data.records import load_encoded
 from ..data.rows import DataError
+from ..show.bars import stacked
 from ..show.curve import curve, decimate
 from ..show.html import AS_TEXT, Html, in_words, page, table, tag
 from ..train.events import read_events, read_lines, timeline

@@ -20,19 +20,19 @@ from typing import Any
 import pickle
 import sys
 import time
+from ..data.views import visible
 from ..look.errors import error_card, explain
 from ..look.report import plan_card, progress_of
 from ..look.runs import curves, difference, remark_list, remarks, runs_table
+from ..model.checkpoint import bundled, config_of, read
+from ..model.sample import Sampler
+from ..model.tokenizer import tokenizer_for
+from .attach import run_folder, run_names
 from .card import LiveCard, Throttle, card_bundle
 from .chat import Conversation, conversation_table, form_of, models_of
 from .magic import alive, complaints, launch, refuse_second, restorer, usage_error, variable
 from .panel_form import PRESETS, Field, cell_of, complaints_of, field_text, form_table, looked_up, python_of, read_cell
-from .attach import run_folder, run_names
 from .results import write_result
-from ..model.checkpoint import bundled, config_of, read
-from ..model.sample import Sampler
-from ..model.tokenizer import tokenizer_for
-from ..data.views import visible
 from ..show.html import AS_TEXT, Html, tag
 from ..train.config import Config, ConfigError, settings_table
 from ..train.events import claim, read_events, unclaim

@@ -305,8 +305,7 @@ def finish(run: Run) -> dict:
     why = f"no lower held-out loss in {run.waited} evaluations" if run.out_of_patience else "all steps are done"
     release(run)
     if run.rank == 0 and run.best_step not in (None, run.step): put_back(run, load_checkpoint(run.folder, run.best_step)[0], f"checkpoint step-{run.best_step}")
-    try: results = save_results(run) if run.rank == 0 else []
-    except ValueError as error: raise TrainingError(str(error)) from error
+    results = save_results(run) if run.rank == 0 else []
     first = next((e["loss"] for e in run.events if e["event"] == "eval"), None)
     best = "" if first is None else f"; the weights of step {run.best_step} are kept, held-out loss {first:.3f} -> {run.best_loss:.3f}"
     if run.best_step == 0: best += ", so training did not help"
@@ -315,14 +314,16 @@ def finish(run: Run) -> dict:
 
 # %% ../../nbs/train/70_loop.ipynb #9c349aa7
 def save_results(run: Run) -> list[str]:
-    "Writes adapter/, state.pth or model.pth into the run's folder; returns their names."
-    if not run.methods:
-        save(run.model, run.folder / "model.pth")
-        return ["model.pth"]
-    save_adapter(run.model, run.folder / "adapter")
-    if not any(name.endswith(".time_state") for name in run.trained): return ["adapter"]
-    save_state(run.model, run.folder / "state.pth")
-    return ["adapter", "state.pth"]
+    "Writes adapter/, state.pth or model.pth into the run's folder; returns their names. TrainingError where that can't be."
+    try:
+        if not run.methods:
+            save(run.model, run.folder / "model.pth")
+            return ["model.pth"]
+        save_adapter(run.model, run.folder / "adapter")
+        if not any(name.endswith(".time_state") for name in run.trained): return ["adapter"]
+        save_state(run.model, run.folder / "state.pth")
+        return ["adapter", "state.pth"]
+    except ValueError as error: raise TrainingError(str(error)) from error
 
 # %% ../../nbs/train/70_loop.ipynb #86a20394
 def train(run: Run) -> Iterator[dict]:
